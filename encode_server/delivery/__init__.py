@@ -1,0 +1,1 @@
+"""Ways an embedding leaves: the response body, a ZMQ push."""

@@ -1,0 +1,45 @@
+"""The frames of a pushed embedding: a msgpack header, then the raw bytes. Shared by the server and `client`.
+
+Two ZMQ frames per part. Frame 0: `EmbeddingHeader` in msgpack. Frame 1: the embedding, contiguous, row-major,
+little-endian, `shape` = [tokens, dim] of `dtype`. A part that failed is one frame, its header's `error` set.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from encode_server.modality import Modality
+
+
+class ItemInfo(msgspec.Struct, omit_defaults=False):
+    """One media item of a part: its rows in the embedding, its patch grid, the SHA-256 of its media bytes."""
+
+    tokens: int
+    grid_thw: list[int] | None
+    content_hash: str
+
+
+class ErrorInfo(msgspec.Struct):
+    """Why a part failed: the HTTP status, the code and the message its POST was answered with."""
+
+    status: int
+    code: str
+    message: str
+
+
+class EmbeddingHeader(msgspec.Struct):
+    """What a receiver needs to place one part of a request. `dtype` is `float32`, `float16` or `bfloat16`."""
+
+    req_id: str
+    model: str
+    modality: Modality
+    part_idx: int = 0
+    num_parts: int = 1
+    dtype: str = ""
+    shape: tuple[int, int] = (0, 0)
+    items: list[ItemInfo] = []
+    error: ErrorInfo | None = None
+
+
+encode_header = msgspec.msgpack.Encoder().encode
+decode_header = msgspec.msgpack.Decoder(EmbeddingHeader).decode

@@ -1,0 +1,1 @@
+"""The rank group: messages, launch, supervisor, rank loop, arena."""

@@ -1,0 +1,129 @@
+"""Every type that crosses between the front and the ranks: msgspec structs, msgpack on the wire.
+
+Commands go from the front to every rank over one PAIR socket per rank, in one order, and each is acknowledged by
+every rank. Tensors stay in the shared arena (`engine.arena`); messages only say where.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from encode_server.modality import Modality
+
+
+class TensorRef(msgspec.Struct, frozen=True):
+    """A contiguous tensor in the arena: `dtype` is torch's name (`float32`, `uint8`, …), `offset` in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class ItemRef(msgspec.Struct, frozen=True):
+    """One media item of a batch: its preprocessed tensors, and where its embedding goes ([tokens, dim])."""
+
+    inputs: tuple[TensorRef, ...]
+    output: TensorRef
+
+
+class EncoderInfo(msgspec.Struct, frozen=True):
+    """What a rank loaded: embedding width per modality, dtype of the embeddings, bytes of weights on this rank."""
+
+    model_type: str
+    dims: dict[Modality, int]
+    dtype: str
+    device: str
+    weight_bytes: int
+
+
+# Commands, front to rank.
+
+
+class Load(msgspec.Struct, frozen=True, tag="load"):
+    """First command: become rank `rank` of `world` and load the encoder of the checkpoint in directory `path`.
+
+    `store_fd` is the inherited descriptor of torch.distributed's FileStore, `arena_fd` the arena's, `threads` the CPU
+    threads of this rank.
+    """
+
+    path: str
+    rank: int
+    world: int
+    device: str
+    dtype: str
+    threads: int
+    arena_fd: int
+    arena_bytes: int
+    store_fd: int
+    trust_remote_code: bool
+
+
+class Forward(msgspec.Struct, frozen=True, tag="forward"):
+    """Encode one batch; rank 0 writes each item's embedding to its `output`."""
+
+    seq: int
+    modality: Modality
+    items: tuple[ItemRef, ...]
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Acknowledge at once: shows that an idle rank still answers."""
+
+    seq: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave the group and exit 0."""
+
+
+Command = Load | Forward | Ping | Shutdown
+
+
+# Events, rank to front.
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The rank process is up and waits for `Load`."""
+
+    rank: int
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """A step of loading, for the operator."""
+
+    rank: int
+    step: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The encoder is loaded and has run once for every modality."""
+
+    rank: int
+    info: EncoderInfo
+
+
+class Done(msgspec.Struct, frozen=True, tag="done"):
+    """Command `seq` is finished on this rank. `error` is empty on success. `copy_s`, `forward_s`: seconds."""
+
+    rank: int
+    seq: int
+    error: str = ""
+    out_of_memory: bool = False
+    copy_s: float = 0.0
+    forward_s: float = 0.0
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The rank cannot load or go on, and exits. `message` is one line for the operator."""
+
+    rank: int
+    message: str
+
+
+Event = Hello | Progress | Ready | Done | Failed
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_event = msgspec.msgpack.Decoder(Event).decode

@@ -1,0 +1,100 @@
+"""Every error a client can cause or meet, each with its HTTP status and its code, in one place.
+
+The message is for the caller: what was wrong, what was expected. It never holds a path or an internal address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class EncodeError(Exception):
+    """Base of what a request can end in. `status` is the HTTP status, `code` the word in the answer's `code` field."""
+
+    status = 500
+    code = "internal"
+
+    def __init__(self, message: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers = dict(headers or {})
+
+    def about_item(self, index: int) -> EncodeError:
+        """The same error, its message naming the item of `mm_items` it is about (counted from 0)."""
+        return type(self)(f"mm_items[{index}]: {self.message}", headers=self.headers)
+
+
+class BadRequest(EncodeError):
+    """The request is malformed: a missing field, a wrong type, an unknown modality."""
+
+    status, code = 400, "bad_request"
+
+
+class BadMedia(EncodeError):
+    """The media cannot be fetched, decoded or preprocessed."""
+
+    status, code = 400, "bad_media"
+
+
+class Unauthorized(EncodeError):
+    """No API key, or a wrong one."""
+
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(EncodeError):
+    """A source or destination that this server's options do not allow."""
+
+    status, code = 403, "forbidden"
+
+
+class Duplicate(EncodeError):
+    """A request with this id is already being worked on."""
+
+    status, code = 409, "duplicate"
+
+
+class TooLarge(EncodeError):
+    """Body, media, pixels, frames or seconds above a limit."""
+
+    status, code = 413, "too_large"
+
+
+class UnsupportedModality(EncodeError):
+    """The model has no encoder for this modality."""
+
+    status, code = 415, "unsupported_modality"
+
+
+class TooBusy(EncodeError):
+    """Admission is full; the header `Retry-After` says when to come again (seconds)."""
+
+    status, code = 429, "too_busy"
+
+
+class EncodeFailed(EncodeError):
+    """The forward pass itself failed for this input."""
+
+    status, code = 500, "encode_failed"
+
+
+class DeliveryFailed(EncodeError):
+    """The destination refused the embedding or vanished while it was sent."""
+
+    status, code = 502, "delivery_failed"
+
+
+class NotReady(EncodeError):
+    """The ranks are loading, restarting or gone."""
+
+    status, code = 503, "not_ready"
+
+
+class DeadlineExceeded(EncodeError):
+    """The request's time was up before its embedding was delivered."""
+
+    status, code = 504, "deadline_exceeded"
+
+
+class StartupError(Exception):
+    """The server cannot start as asked. The message is one line for the operator; the process exits non-zero."""

@@ -1,0 +1,1 @@
+"""What a checkpoint needs: its families, encoder-only loading, tensor-parallel plans, attention, preprocessing."""

@@ -1,0 +1,44 @@
+"""What preprocessing makes of one media item, and the options a request may give with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Per-item options; None leaves the checkpoint's own setting.
+
+    `min_pixels` and `max_pixels` bound the resized image, or one frame of a video as the checkpoint's video processor
+    counts it; `fps` (frames per second of video) or `num_frames`, and `min_frames`, `max_frames`, choose frames.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One item, ready for the ranks.
+
+    `tensors`: contiguous CPU tensors by name, what the encoder's forward of this modality takes for one item.
+    `tokens`: rows of its embedding. `cost`: patches or mel frames, the unit of the batch's token budget.
+    `segment`: the longest attention segment, in the same unit. `grid_thw`: (t, h, w) in patches, None for what has none.
+    `extra`: what an engine wants beside the embedding (`video_timestamps`, `second_per_grid_ts`, `mel_frames`, …).
+    """
+
+    tensors: dict[str, torch.Tensor]
+    tokens: int
+    cost: int
+    segment: int
+    grid_thw: tuple[int, int, int] | None = None
+    extra: dict[str, float | int | list[float] | list[int]] = field(default_factory=dict)
