@@ -1,0 +1,40 @@
+"""What a prefill scheduler imports: `EncodeClient` asks for embeddings, `EmbeddingReceiver` takes the pushed ones.
+
+Importing this package costs no torch, httpx or numpy; each is imported where it is first needed.
+
+    async with EmbeddingReceiver() as receiver, EncodeClient("http://encoder:30000") as client:
+        arrival = asyncio.create_task(receiver.receive("r1"))
+        await client.push([url], "image", prefill_host=receiver.host, embedding_port=receiver.port, req_id="r1")
+        embedding = await arrival
+"""
+
+from encode_server.client.embedding import Embedding
+from encode_server.client.errors import (
+    ClientError,
+    EncodeServerError,
+    ProtocolError,
+    ReceiverClosed,
+    ServerUnreachable,
+)
+from encode_server.client.http import Delivered, EncodeClient, Health
+from encode_server.client.media import Item, Media
+from encode_server.client.receiver import EmbeddingReceiver
+from encode_server.delivery.frames import ItemInfo
+from encode_server.modality import Modality
+
+__all__ = [
+    "ClientError",
+    "Delivered",
+    "Embedding",
+    "EmbeddingReceiver",
+    "EncodeClient",
+    "EncodeServerError",
+    "Health",
+    "Item",
+    "ItemInfo",
+    "Media",
+    "Modality",
+    "ProtocolError",
+    "ReceiverClosed",
+    "ServerUnreachable",
+]

@@ -1,0 +1,199 @@
+"""`EncodeClient`: asks one encode server over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from encode_server.client.answers import error_from, from_json, from_safetensors
+from encode_server.client.embedding import Embedding
+from encode_server.client.errors import ProtocolError, ServerUnreachable
+from encode_server.client.media import Media, wire_items
+from encode_server.delivery.frames import ItemInfo
+from encode_server.modality import Modality
+
+CONNECT_TIMEOUT_S = 5.0
+DEADLINE_MARGIN_S = 5.0
+# Below uvicorn's 5 s, so that a connection isn't used again just as the server closes it.
+KEEPALIVE_S = 4.0
+
+
+class Delivered(msgspec.Struct, frozen=True):
+    """The server's word that it pushed an embedding of `shape` = [tokens, dim] and `dtype` to its destination."""
+
+    req_id: str
+    dtype: str
+    shape: tuple[int, int]
+    items: tuple[ItemInfo, ...] = ()
+    status: str = "delivered"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The answer of `/health`: the HTTP status (200 or 503) and the document that explains it."""
+
+    status: int
+    document: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the server encodes right now."""
+        return self.status == 200
+
+
+class EncodeClient:
+    """An async client of one encode server; safe for any number of concurrent calls on one event loop.
+
+    `base_url`: e.g. `http://encoder:30000`. `api_key`: sent as a bearer token. `timeout`: seconds a call may take, from
+    its first byte to the last of the answer. Proxies named by the environment are not used: encoders are neighbours.
+
+    Every call raises `EncodeServerError` when the server answers with an error, `ServerUnreachable` when there is no
+    answer, `ProtocolError` for one that can't be read, and `TimeoutError` when the time is up. Cancelling a call closes
+    its connection, which tells the server to drop the request.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None = None, timeout: float = 120.0) -> None:
+        import httpx  # Half a second at the first import; a receiver alone needn't pay it.
+
+        self.base_url = base_url.rstrip("/")
+        self.timeout = timeout
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=KEEPALIVE_S),
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Closes the connections. A second call does nothing."""
+        await self._http.aclose()
+
+    async def encode(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        req_id: str | None = None,
+        num_parts: int = 1,
+        part_idx: int = 0,
+        timeout_s: float | None = None,
+    ) -> Embedding:
+        """The embedding of `media`: [tokens, dim], the rows of all items in order, in the server's dtype.
+
+        `req_id`: the request's name, made by the server when None. `num_parts`, `part_idx`: which part of a request
+        this is, when several encoders share it. `timeout_s`: the deadline given to the server, seconds; the client then
+        waits a little longer, so that the server's own answer to a missed deadline arrives.
+        """
+        request = await self._request(media, modality, req_id, num_parts, part_idx, timeout_s)
+        return from_safetensors(await self._post(request, "application/octet-stream", timeout_s))
+
+    async def encode_json(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        req_id: str | None = None,
+        num_parts: int = 1,
+        part_idx: int = 0,
+        timeout_s: float | None = None,
+    ) -> Embedding:
+        """As `encode`, through the JSON answer: a third more bytes, and a copy; for checks and for debugging."""
+        request = await self._request(media, modality, req_id, num_parts, part_idx, timeout_s)
+        return await asyncio.to_thread(from_json, await self._post(request, "application/json", timeout_s))
+
+    async def push(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        prefill_host: str,
+        embedding_port: int,
+        req_id: str,
+        num_parts: int = 1,
+        part_idx: int = 0,
+        timeout_s: float | None = None,
+    ) -> Delivered:
+        """Has the embedding of `media` pushed to `tcp://prefill_host:embedding_port`, an `EmbeddingReceiver`'s address.
+
+        Returns once the server has handed it over. The other arguments are those of `encode`.
+        """
+        request = await self._request(media, modality, req_id, num_parts, part_idx, timeout_s)
+        request |= {"prefill_host": prefill_host, "embedding_port": embedding_port}
+        body = await self._post(request, "application/json", timeout_s)
+        try:
+            return msgspec.json.decode(body, type=Delivered)
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolError(f"the answer cannot be read: {exc}") from exc
+
+    async def health(self, *, timeout: float = 5.0) -> Health:
+        """What `/health` says within `timeout` seconds. A sick or loading server (503) is an answer, not an error."""
+        status, body, _ = await self._exchange("GET", "/health", timeout, b"", {})
+        try:
+            return Health(status, msgspec.json.decode(body, type=dict[str, Any]))
+        except (ValueError, RecursionError):
+            raise error_from(status, body, None) from None
+
+    async def _request(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        req_id: str | None,
+        num_parts: int,
+        part_idx: int,
+        timeout_s: float | None,
+    ) -> dict[str, object]:
+        request: dict[str, object] = {
+            "mm_items": await wire_items(media),
+            "modality": str(modality),
+            "num_parts": num_parts,
+            "part_idx": part_idx,
+        }
+        if req_id is not None:
+            request["req_id"] = req_id
+        if timeout_s is not None:
+            request["timeout_s"] = timeout_s
+        return request
+
+    async def _post(self, request: dict[str, object], accept: str, timeout_s: float | None) -> bytearray:
+        limit = self.timeout if timeout_s is None else timeout_s + DEADLINE_MARGIN_S
+        headers = {"Content-Type": "application/json", "Accept": accept}
+        content = msgspec.json.encode(request)
+        status, body, retry_after = await self._exchange("POST", "/encode", limit, content, headers)
+        if status != 200:
+            raise error_from(status, body, retry_after)
+        return body
+
+    async def _exchange(
+        self, method: str, path: str, limit: float, content: bytes, headers: dict[str, str]
+    ) -> tuple[int, bytearray, str | None]:
+        """Status, body and Retry-After of one request, in `limit` seconds."""
+        import httpx
+
+        body = bytearray()
+        headers = headers | {"Accept-Encoding": "identity"}
+        try:
+            async with (
+                asyncio.timeout(limit),
+                self._http.stream(method, path, content=content, headers=headers) as response,
+            ):
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                return response.status_code, body, response.headers.get("Retry-After")
+        except TimeoutError as exc:
+            raise TimeoutError(f"no answer from {self.base_url}{path} within {limit:g} s") from exc
+        except httpx.RequestError as exc:
+            raise ServerUnreachable(f"{self.base_url}{path}: {exc or type(exc).__name__}") from exc
