@@ -1,0 +1,111 @@
+"""Audio bytes to samples at the rate that a feature extractor wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+
+import av
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from encode_server.errors import BadMedia, TooLarge
+from encode_server.media.container import AUDIO_DECODERS, open_container, pick_stream
+from encode_server.media.guard import decoding
+from encode_server.media.limits import MediaLimits, Stopwatch
+
+Samples = npt.NDArray[np.float32]
+
+_SOUNDFILE_FORMATS = frozenset({"AIFF", "AU", "CAF", "FLAC", "MP3", "OGG", "RF64", "W64", "WAV", "WAVEX"})
+_BLOCK = 1 << 16
+# Beyond these a header is wrong or an attack: resampling cost grows with the quotient of the rates.
+_RATES = (1_000, 768_000)
+
+
+def decode_audio(data: bytes, sampling_rate: int, limits: MediaLimits) -> Samples:
+    """Decode `data` to mono at `sampling_rate` (Hz): float32 [samples], nominally within [-1, 1].
+
+    Channels are averaged; another rate is resampled by soxr (HQ). Its length is bounded by the header before the decode
+    and by the samples themselves during it, so at most `limits.max_audio_seconds` are ever held.
+
+    Raises `BadMedia` for bytes that are no sound of a supported format, `TooLarge` beyond a limit.
+    """
+    limits.check_bytes(len(data))
+    watch = Stopwatch(limits.decode_seconds)
+    with decoding("audio"):
+        samples = _resample(_blocks(data, limits), sampling_rate, limits, watch)
+        if not samples.size:
+            raise BadMedia("the audio holds no sample")
+        if not np.isfinite(samples).all():
+            raise BadMedia("the audio holds samples that are no finite number")
+        return samples
+
+
+def _blocks(data: bytes, limits: MediaLimits) -> Iterator[tuple[int, Samples]]:
+    """Mono blocks, each with its rate (Hz), from whichever library knows the format."""
+    try:
+        file = soundfile.SoundFile(BytesIO(data))
+    except soundfile.LibsndfileError:
+        return _pyav_blocks(data, limits)
+    if file.format not in _SOUNDFILE_FORMATS:
+        file.close()
+        return _pyav_blocks(data, limits)
+    return _soundfile_blocks(file, limits)
+
+
+def _soundfile_blocks(file: soundfile.SoundFile, limits: MediaLimits) -> Iterator[tuple[int, Samples]]:
+    with file:
+        _check_seconds(file.frames, file.samplerate, limits)
+        # Some headers allow 1024 channels.
+        frames = max(1, _BLOCK // file.channels)
+        while len(block := file.read(frames, dtype="float32", always_2d=True)):
+            yield file.samplerate, block.mean(axis=1)
+
+
+def _pyav_blocks(data: bytes, limits: MediaLimits) -> Iterator[tuple[int, Samples]]:
+    with open_container(data, limits) as container:
+        stream = pick_stream(container, "audio", AUDIO_DECODERS)
+        if stream.duration and stream.time_base and stream.duration * stream.time_base > limits.max_audio_seconds:
+            raise TooLarge(f"the audio is longer than {limits.max_audio_seconds:g} s")
+        to_float: av.AudioResampler | None = None
+        for frame in container.decode(stream):
+            if to_float is None:
+                # Rate and layout stay as they are: FFmpeg's own mixing is not the mean of the channels.
+                to_float = av.AudioResampler(format="fltp", layout=frame.layout, rate=frame.sample_rate)
+            for converted in to_float.resample(frame):
+                yield converted.sample_rate, converted.to_ndarray().mean(axis=0)
+
+
+def _resample(blocks: Iterator[tuple[int, Samples]], rate: int, limits: MediaLimits, watch: Stopwatch) -> Samples:
+    parts: list[Samples] = []
+    source_rate = 0
+    frames = 0
+    resampler: soxr.ResampleStream | None = None
+    for block_rate, block in blocks:
+        watch.check()
+        if not source_rate:
+            source_rate = block_rate
+            resampler = _resampler(source_rate, rate)
+        elif block_rate != source_rate:
+            raise BadMedia("the sampling rate changes within the audio")
+        frames += len(block)
+        _check_seconds(frames, source_rate, limits)
+        parts.append(block if resampler is None else resampler.resample_chunk(block))
+    if resampler is not None:
+        parts.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
+    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+
+def _resampler(source_rate: int, rate: int) -> soxr.ResampleStream | None:
+    if not _RATES[0] <= source_rate <= _RATES[1]:
+        raise BadMedia(f"the audio's sampling rate is {source_rate} Hz, expected {_RATES[0]} to {_RATES[1]}")
+    if source_rate == rate:
+        return None
+    return soxr.ResampleStream(source_rate, rate, 1, dtype="float32", quality="HQ")
+
+
+def _check_seconds(frames: int, rate: int, limits: MediaLimits) -> None:
+    if frames > limits.max_audio_seconds * rate:
+        raise TooLarge(f"the audio is longer than {limits.max_audio_seconds:g} s")
