@@ -28,7 +28,7 @@ def check_size(dtype: str, shape: tuple[int, int], nbytes: int) -> None:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Embedding:
-    """`shape` = [tokens, dim] values of `dtype` in `data`: `float32`, `float16` or `bfloat16`, little-endian, row-major.
+    """`shape` = [tokens, dim] values of `dtype` (`float32`, `float16`, `bfloat16`), row-major little-endian in `data`.
 
     `items` are the media items in the order of the rows: the first `items[0].tokens` rows belong to `items[0]`, and so
     on. `data` is the buffer that came from the network, not a copy of it.
