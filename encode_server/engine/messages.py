@@ -43,8 +43,8 @@ class EncoderInfo(msgspec.Struct, frozen=True):
 class Load(msgspec.Struct, frozen=True, tag="load"):
     """First command: become rank `rank` of `world` and load the encoder of the checkpoint in directory `path`.
 
-    `store_fd` is the inherited descriptor of torch.distributed's FileStore, `arena_fd` the arena's, `threads` the CPU
-    threads of this rank.
+    `device` and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `threads`: CPU threads of this
+    rank. `store_fd` is the inherited descriptor of torch.distributed's FileStore, `arena_fd` the arena's.
     """
 
     path: str
@@ -52,6 +52,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     world: int
     device: str
     dtype: str
+    checkpoint_dtype: str
     threads: int
     arena_fd: int
     arena_bytes: int

@@ -1,0 +1,104 @@
+"""Read a request's body, JSON or multipart, within its limit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any
+
+import msgspec
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+
+from encode_server.api.schemas import EncodeBody, ItemBody
+from encode_server.errors import BadRequest, TooLarge
+from encode_server.models.prepared import ItemOptions
+from encode_server.pipeline.pools import run
+from encode_server.pipeline.request import MediaItem
+
+SMALL_JSON = 64 << 10  # decoded on the loop: less work than a change of threads
+
+
+async def read_encode(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
+    """The body of `POST /encode` and its media items.
+
+    Raises BadRequest when it is malformed, TooLarge above `max_bytes` (before reading on).
+    """
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise TooLarge(f"the body has {declared} bytes, at most {max_bytes} are taken")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _read_form(request, pool, max_bytes)
+    raw = await _read_all(request, max_bytes)
+    decode: Callable[[bytes | bytearray], EncodeBody] = _decode
+    body = decode(raw) if len(raw) < SMALL_JSON else await run(pool, decode, raw)
+    return body, [_media_item(item) for item in body.mm_items]
+
+
+async def _read_all(request: Request, max_bytes: int) -> bytearray:
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > max_bytes:
+            raise TooLarge(f"the body has more than {max_bytes} bytes")
+    return raw
+
+
+def _decode(raw: bytes | bytearray) -> EncodeBody:
+    try:
+        return msgspec.json.decode(raw, type=EncodeBody)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the body is not the JSON expected: {error}") from None
+
+
+def _media_item(item: str | ItemBody) -> MediaItem:
+    if isinstance(item, str):
+        return MediaItem(item)
+    options = ItemOptions(
+        min_pixels=item.min_pixels,
+        max_pixels=item.max_pixels,
+        fps=item.fps,
+        num_frames=item.num_frames,
+        min_frames=item.min_frames,
+        max_frames=item.max_frames,
+    )
+    return MediaItem(item.url, options, item.content_hash)
+
+
+async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
+    """Files in any field become items, in order; the other fields are those of the JSON body, as text.
+
+    `fields` holds per-item options for all files as well (`-F max_pixels=100000`).
+    """
+    received = 0
+    receive = request.receive
+
+    async def bounded() -> Any:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise TooLarge(f"the body has more than {max_bytes} bytes")
+        return message
+
+    try:
+        async with Request(request.scope, bounded).form(max_part_size=max_bytes) as form:
+            texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}
+            urls = [value for key, value in form.multi_items() if key == "mm_items" and isinstance(value, str)]
+            uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+            media: list[str | bytes] = [*urls, *await asyncio.gather(*(upload.read() for upload in uploads))]
+    except MultiPartException as error:
+        raise BadRequest(f"the form is malformed: {error.message}") from None
+    if not media:
+        raise BadRequest("the form holds no file and no mm_items: send one, e.g. with curl -F file=@picture.jpg")
+    fields = {key: value for key, value in texts.items() if key != "mm_items" and value != ""}
+    try:
+        body = msgspec.convert(fields | {"mm_items": [""]}, EncodeBody, strict=False)
+        shared = msgspec.convert(fields | {"url": ""}, ItemBody, strict=False)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"the form's fields are not those expected: {error}") from None
+    options = _media_item(shared).options
+    return body, [MediaItem(item, options) for item in media]

@@ -1,0 +1,86 @@
+"""What comes in over HTTP, and the small JSON documents that go out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from encode_server.delivery.frames import ItemInfo
+from encode_server.errors import BadRequest
+from encode_server.modality import Modality
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class ItemBody(msgspec.Struct, kw_only=True):
+    """A media item with options. `url`: http(s) or file URL, data URI, or bare base64."""
+
+    url: str
+    content_hash: str | None = None
+    min_pixels: PositiveInt | None = None
+    max_pixels: PositiveInt | None = None
+    fps: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    num_frames: PositiveInt | None = None
+    min_frames: PositiveInt | None = None
+    max_frames: PositiveInt | None = None
+
+
+class EncodeBody(msgspec.Struct, kw_only=True):
+    """`POST /encode`. Unknown fields are ignored."""
+
+    mm_items: Annotated[list[str | ItemBody], msgspec.Meta(min_length=1)]
+    modality: str
+    req_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)] | None = None
+    num_parts: PositiveInt = 1
+    part_idx: Annotated[int, msgspec.Meta(ge=0)] = 0
+    prefill_host: str | None = None
+    embedding_port: int | None = None
+    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+
+    def checked_modality(self) -> Modality:
+        """The modality, in any case. Raises BadRequest naming those there are."""
+        try:
+            return Modality(self.modality.lower())
+        except ValueError:
+            raise BadRequest(f"modality is {self.modality!r}, expected image, video or audio") from None
+
+
+class Answer(msgspec.Struct, kw_only=True):
+    """The embedding in JSON: `embedding` is base64 of row-major little-endian `dtype` values of `shape`."""
+
+    req_id: str
+    model: str
+    modality: Modality
+    dtype: str
+    shape: tuple[int, int]
+    items: list[ItemInfo]
+    embedding: str
+
+
+class Delivered(msgspec.Struct, kw_only=True):
+    """The embedding was pushed to the destination."""
+
+    status: str = "delivered"
+    req_id: str
+    model: str
+    modality: Modality
+    dtype: str
+    shape: tuple[int, int]
+    items: list[ItemInfo]
+
+
+class ErrorAnswer(msgspec.Struct, kw_only=True):
+    """Every error's body."""
+
+    status: str = "error"
+    code: str
+    message: str
+    req_id: str | None = None
+
+
+def openapi_components() -> tuple[dict[str, Any], dict[str, Any]]:
+    """References by type name, and the JSON schemas they point to."""
+    types = (EncodeBody, Answer, Delivered, ErrorAnswer)
+    references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    return dict(zip((t.__name__ for t in types), references, strict=True)), components

@@ -1,0 +1,92 @@
+"""The ASGI application: `uvicorn encode_server.app:app`, or `create_app(settings)`."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from encode_server import __version__
+from encode_server.api.answers import error_answer
+from encode_server.api.routes import build_router
+from encode_server.api.schemas import openapi_components
+from encode_server.errors import EncodeError, StartupError
+from encode_server.server import Server
+from encode_server.settings import Settings, load_settings
+from encode_server.telemetry import logs
+
+WORKERS_REFUSED = (
+    "encode-server: it runs in one process (uvicorn --workers and --reload are refused): "
+    "each worker would load the model again; for more ranks use ENCODE_SERVER_TP, for more hosts start more servers"
+)
+
+
+def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None) -> FastAPI:
+    """The application of one server.
+
+    `on_fatal` is called when it cannot go on; by default the process is ended by SIGTERM, which ends uvicorn with a
+    non-zero status. Raises StartupError for settings that cannot work.
+    """
+    server = Server(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await server.start(on_fatal or _terminate)
+        try:
+            yield
+        finally:
+            await server.stop()
+
+    app = FastAPI(title="encode_server", version=__version__, lifespan=lifespan)
+    app.include_router(build_router(server))
+
+    @app.exception_handler(EncodeError)
+    async def answer_error(request: Request, error: EncodeError) -> Response:
+        return error_answer(error, None)
+
+    @app.exception_handler(Exception)
+    async def answer_unexpected(request: Request, error: Exception) -> Response:
+        # The log has the traceback; the caller gets no internals.
+        return error_answer(EncodeError("an internal error, see the server's log"), None)
+
+    plain_openapi = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain_openapi()
+        _, components = openapi_components()
+        document.setdefault("components", {}).setdefault("schemas", {}).update(components)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    app.state.server = server
+    return app
+
+
+def _terminate(reason: str) -> None:
+    print(f"encode-server: {reason}", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, built from the environment when uvicorn asks for it, not when somebody imports this module."""
+    if name != "app":
+        raise AttributeError(name)
+    if (supervisor := multiprocessing.parent_process()) is not None:
+        # uvicorn starts a dead worker again, for ever: the supervisor has to end.
+        print(WORKERS_REFUSED, file=sys.stderr)
+        os.kill(supervisor.pid or os.getppid(), signal.SIGTERM)
+        sys.exit(1)
+    try:
+        settings = load_settings()
+        logs.configure(settings.log_level)
+        return create_app(settings)
+    except StartupError as error:
+        sys.exit(f"encode-server: {error}")

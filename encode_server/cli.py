@@ -1,0 +1,83 @@
+"""The command line: `encode-server serve | demo | demo-model`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from encode_server import __version__
+from encode_server.errors import StartupError
+from encode_server.settings import Settings, load_settings, option_name, variable_name
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status of the process."""
+    parser = argparse.ArgumentParser(
+        prog="encode-server", description="Vision and audio encoders as a service: media in over HTTP, embeddings out."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a checkpoint")
+    serve.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
+    _add_options(serve, skip="model")
+
+    demo = commands.add_parser("demo", help="serve the demo checkpoint and encode a picture, a clip and a sound")
+    demo.add_argument("--once", action="store_true", help="exit after the table")
+    _add_options(demo, skip="model")
+
+    demo_model = commands.add_parser("demo-model", help="write the demo checkpoint (random weights) to a directory")
+    demo_model.add_argument("directory", type=Path, metavar="DIR")
+
+    options = vars(parser.parse_args(argv))
+    command = options.pop("command")
+    try:
+        return _run(command, options)
+    except StartupError as error:
+        print(f"encode-server: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(command: str, options: dict[str, Any]) -> int:
+    if command == "demo-model":
+        from encode_server.models.demo import write_demo
+
+        write_demo(options["directory"])
+        print(f"wrote the demo checkpoint (its weights are random) to {options['directory']}")
+        return 0
+    if command == "demo":
+        from encode_server.demo import run_demo
+
+        once = options.pop("once")
+        return run_demo(load_settings({"model": "demo"} | options), once=once)
+    from encode_server.serve import serve
+
+    return serve(load_settings(options))
+
+
+def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
+    """One `--option` per setting. Values stay text: `load_settings` judges them, from here and from the environment."""
+    for name, field in Settings.model_fields.items():
+        if name == skip:
+            continue
+        if field.annotation is bool:
+            parser.add_argument(
+                option_name(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_help(name)
+            )
+        else:
+            kind = "A,B,…" if isinstance(field.default, tuple) else name.rsplit("_", 1)[-1].upper()
+            parser.add_argument(option_name(name), metavar=kind, default=argparse.SUPPRESS, help=_help(name))
+
+
+def _help(name: str) -> str:
+    field = Settings.model_fields[name]
+    default = ",".join(field.default) or "none" if isinstance(field.default, tuple) else field.default
+    return f"{field.description} [{default}; {variable_name(name)}]".replace("%", "%%")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

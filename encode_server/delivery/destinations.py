@@ -1,0 +1,57 @@
+"""Where embeddings may be pushed: private and loopback addresses, and what the operator allows beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Sequence
+
+from encode_server.errors import BadRequest, DeliveryFailed, Forbidden, StartupError
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class DestinationPolicy:
+    """Resolves `prefill_host` once and checks what it resolves to.
+
+    `allow`: networks (`203.0.113.0/24`, `2001:db8::1`) or host names beside private and loopback addresses.
+    Raises StartupError when an entry is neither.
+    """
+
+    def __init__(self, allow: Sequence[str]) -> None:
+        self._networks: list[Network] = []
+        self._names: set[str] = set()
+        for entry in allow:
+            try:
+                self._networks.append(ipaddress.ip_network(entry, strict=False))
+            except ValueError:
+                if "/" in entry or not entry.replace("-", "").replace(".", "").isalnum():
+                    raise StartupError(f"--destination-allow: {entry!r} is neither a network nor a host name") from None
+                self._names.add(entry.lower().rstrip("."))
+
+    async def endpoint(self, host: str, port: int) -> str:
+        """`tcp://address:port` of an allowed destination, its name resolved once.
+
+        Raises BadRequest for a port out of range, DeliveryFailed for an unknown host, Forbidden for one not allowed.
+        """
+        if not 0 < port < 65536:
+            raise BadRequest(f"embedding_port is {port}, expected 1 to 65535")
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise DeliveryFailed(f"prefill_host {host!r} is not known") from None
+        allowed = [str(info[4][0]) for info in found if self._allowed(host, str(info[4][0]))]
+        if not allowed:
+            raise Forbidden(f"prefill_host {host!r} is not a destination this server may push to")
+        address = min(allowed, key=lambda a: ":" in a)  # IPv4 first: a name of this host listens there more often
+        return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+    def _allowed(self, host: str, address: str) -> bool:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+            ip = ip.ipv4_mapped
+        if host.lower().rstrip(".") in self._names or any(ip in network for network in self._networks):
+            return True
+        return (ip.is_private or ip.is_loopback) and not (ip.is_link_local or ip.is_multicast or ip.is_unspecified)

@@ -1,0 +1,45 @@
+"""What `auto` means for a device and a dtype, decided in the rank: the front never touches CUDA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from encode_server.errors import StartupError
+
+
+def resolve_device(device: str, rank: int) -> str:
+    """`auto`, `cuda`, `cuda:N` or `cpu` → the torch device of this rank.
+
+    Raises StartupError when there are fewer GPUs than ranks.
+    """
+    import torch
+
+    if device == "cpu":
+        return "cpu"
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto" and found == 0:
+        return "cpu"
+    index = int(device.partition(":")[2] or rank)
+    if index >= found:
+        raise StartupError(f"rank {rank} needs GPU {index}, found {found}: lower --tp or set --device cpu")
+    return f"cuda:{index}"
+
+
+def resolve_dtype(dtype: str, checkpoint_dtype: str, device: str) -> str:
+    """`auto` → the checkpoint's dtype on CUDA and on a CPU that multiplies bfloat16 in hardware, else float32.
+
+    Without such instructions a bfloat16 product is some 500 times slower than a float32 one.
+    """
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        return checkpoint_dtype
+    return checkpoint_dtype if checkpoint_dtype == "bfloat16" and _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16"})

@@ -1,0 +1,250 @@
+"""A group of rank processes that execute one stream of commands, and the front's view of how far they are."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from encode_server.engine import messages as m
+from encode_server.engine.arena import Arena
+from encode_server.engine.launch import spawn_rank
+from encode_server.engine.rundir import RunDirectory
+from encode_server.errors import StartupError
+from encode_server.modality import Modality
+
+
+class GroupLost(Exception):
+    """The ranks died, hang or stopped making sense. What was in flight has not been delivered.
+
+    `suspect`: this was the command being executed, so it may be the cause.
+    """
+
+    def __init__(self, reason: str, *, suspect: bool = False) -> None:
+        super().__init__(reason)
+        self.suspect = suspect
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What a group is started with; see `messages.Load`. `threads` is per rank."""
+
+    path: str
+    world: int
+    device: str
+    dtype: str
+    checkpoint_dtype: str
+    threads: int
+    trust_remote_code: bool = False
+
+
+@dataclass
+class _Pending:
+    command: m.Forward | m.Ping
+    sent: float
+    done: dict[int, m.Done] = field(default_factory=dict)
+    future: asyncio.Future[list[m.Done]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+@dataclass
+class _Rank:
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    socket: zmq.asyncio.Socket
+    state: str = "starting"
+    info: m.EncoderInfo | None = None
+    reader: asyncio.Task[None] | None = None
+
+
+class RankGroup:
+    """Start, feed, watch and stop N ranks. Owns their processes and sockets; `stop` releases everything.
+
+    `lost` is set, once, with the reason when the group can no longer be trusted; only `stop` makes sense then.
+    """
+
+    def __init__(self, spec: GroupSpec, arena: Arena, on_progress: Callable[[int, str], None]) -> None:
+        self._spec, self._arena, self._on_progress = spec, arena, on_progress
+        loop = asyncio.get_running_loop()
+        self.lost: asyncio.Future[str] = loop.create_future()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._ranks: list[_Rank] = []
+        self._pending: dict[int, _Pending] = {}  # in the order sent, which is the order executed
+        self._seq = itertools.count(1)
+        self._progressed = time.monotonic()  # when a rank last finished a command
+
+    @property
+    def states(self) -> list[str]:
+        """Per rank: starting, a loading step, ready or dead."""
+        return [rank.state for rank in self._ranks]
+
+    @property
+    def in_flight(self) -> int:
+        """Commands sent and not yet acknowledged by all ranks."""
+        return len(self._pending)
+
+    def oldest(self) -> tuple[m.Forward | m.Ping, float] | None:
+        """The command being executed and for how many seconds, or None when the ranks are idle."""
+        if not self._pending:
+            return None
+        first = next(iter(self._pending.values()))
+        return first.command, time.monotonic() - max(first.sent, self._progressed)
+
+    async def start(self, timeout: float) -> m.EncoderInfo:
+        """Spawn the ranks and wait until all are ready. Raises StartupError; the caller then calls `stop`."""
+        directory = RunDirectory()
+        store = os.memfd_create("encode-server-store")
+        try:
+            self._spawn(directory, store)
+            async with asyncio.timeout(timeout):
+                await asyncio.wait((self._ready, self.lost), return_when=asyncio.FIRST_COMPLETED)
+        except TimeoutError:
+            raise StartupError(f"the ranks were not ready after {timeout:g} s: {', '.join(self.states)}") from None
+        finally:
+            # All are connected, or nobody will: a directory that is gone cannot be left behind.
+            directory.remove()
+            os.close(store)
+        if self.lost.done():
+            raise StartupError(self.lost.result())
+        infos = [rank.info for rank in self._ranks]
+        assert infos[0] is not None
+        return infos[0]
+
+    async def forward(self, modality: Modality, items: tuple[m.ItemRef, ...]) -> list[m.Done]:
+        """Run one batch on every rank. Returns each rank's acknowledgement. Raises GroupLost."""
+        return await self._call(m.Forward(next(self._seq), modality, items))
+
+    async def ping(self) -> None:
+        """Have every rank answer. Raises GroupLost."""
+        await self._call(m.Ping(next(self._seq)))
+
+    def fail(self, reason: str) -> None:
+        """Declare the group lost: everything in flight raises GroupLost."""
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        for position, pending in enumerate(self._pending.values()):
+            if not pending.future.done():
+                pending.future.set_exception(GroupLost(reason, suspect=position == 0))
+                pending.future.exception()  # its caller may be gone
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """End every rank (politely if the group is sound, else at once), reap them, close the sockets."""
+        polite = self._ready.done() and not self.lost.done()
+        self.fail("the group was stopped")
+        for rank in self._ranks:
+            asyncio.get_running_loop().remove_reader(rank.pidfd)
+            if polite:
+                await rank.socket.send(m.encode(m.Shutdown()))
+            else:
+                rank.process.kill()
+        deadline = time.monotonic() + grace
+        for rank in self._ranks:
+            try:
+                await asyncio.to_thread(rank.process.wait, max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                rank.process.kill()
+                await asyncio.to_thread(rank.process.wait)
+            if rank.reader is not None:
+                rank.reader.cancel()
+            rank.socket.close(linger=0)
+            os.close(rank.pidfd)
+        self._ranks.clear()
+        self._context.term()
+
+    def _spawn(self, directory: RunDirectory, store: int) -> None:
+        for index in range(self._spec.world):
+            path = directory.path / f"rank{index}.sock"
+            socket = self._context.socket(zmq.PAIR)
+            socket.set_hwm(0)  # commands are few and small, and none may be dropped
+            socket.bind(f"ipc://{path}")
+            process = spawn_rank(path, index, fds=(self._arena.fd, store), threads=self._spec.threads)
+            rank = _Rank(process, os.pidfd_open(process.pid), socket)
+            self._ranks.append(rank)
+            asyncio.get_running_loop().add_reader(rank.pidfd, self._on_exit, index)
+            rank.reader = asyncio.create_task(self._read(index, store))
+
+    async def _call(self, command: m.Forward | m.Ping) -> list[m.Done]:
+        if self.lost.done():
+            raise GroupLost(self.lost.result())
+        pending = _Pending(command, time.monotonic())
+        self._pending[command.seq] = pending
+        frame = m.encode(command)
+        for rank in self._ranks:
+            await rank.socket.send(frame)  # no high-water mark: never waits
+        # The ranks will execute it whatever happens to the caller, so its cancellation does not end the wait.
+        return await asyncio.shield(pending.future)
+
+    async def _read(self, index: int, store: int) -> None:
+        rank = self._ranks[index]
+        while True:
+            try:
+                event = m.decode_event(await rank.socket.recv())
+            except msgspec.MsgspecError as error:
+                self.fail(f"rank {index} sent what is no message: {error}")
+                return
+            match event:
+                case m.Hello():
+                    await rank.socket.send(m.encode(self._load(index, store)))
+                case m.Progress(_, step):
+                    rank.state = step
+                    self._on_progress(index, step)
+                case m.Ready(_, info):
+                    rank.state, rank.info = "ready", info
+                    self._on_progress(index, "ready")
+                    if all(r.info is not None for r in self._ranks) and not self._ready.done():
+                        self._ready.set_result(None)
+                case m.Done():
+                    self._acknowledge(event)
+                case m.Failed(_, message):
+                    rank.state = "failed"
+                    self.fail(message)
+
+    def _load(self, index: int, store: int) -> m.Load:
+        spec = self._spec
+        return m.Load(
+            path=spec.path,
+            rank=index,
+            world=spec.world,
+            device=spec.device,
+            dtype=spec.dtype,
+            checkpoint_dtype=spec.checkpoint_dtype,
+            threads=spec.threads,
+            arena_fd=self._arena.fd,
+            arena_bytes=self._arena.size,
+            store_fd=store,
+            trust_remote_code=spec.trust_remote_code,
+        )
+
+    def _acknowledge(self, done: m.Done) -> None:
+        pending = self._pending.get(done.seq)
+        if pending is None:
+            self.fail(f"rank {done.rank} acknowledged command {done.seq}, which is not in flight")
+            return
+        pending.done[done.rank] = done
+        if len(pending.done) == len(self._ranks):
+            del self._pending[done.seq]
+            self._progressed = time.monotonic()
+            if not pending.future.done():
+                pending.future.set_result([pending.done[index] for index in sorted(pending.done)])
+
+    def _on_exit(self, index: int) -> None:
+        rank = self._ranks[index]
+        asyncio.get_running_loop().remove_reader(rank.pidfd)
+        code = rank.process.wait()
+        how = signal.Signals(-code).name if code < 0 else f"code {code}"
+        # Its last words may still be in the socket: let them be read first, they say why.
+        asyncio.get_running_loop().call_later(0.2, self._on_gone, rank, f"rank {index} exited with {how}")
+
+    def _on_gone(self, rank: _Rank, reason: str) -> None:
+        rank.state = "dead"
+        self.fail(reason)

@@ -1,0 +1,25 @@
+"""Start rank processes: fresh interpreters that inherit the arena and the rendezvous store, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def spawn_rank(socket: Path, rank: int, *, fds: tuple[int, ...], threads: int) -> subprocess.Popen[bytes]:
+    """Start rank `rank`, which will connect to the ipc `socket`.
+
+    Call it from the main thread: the kernel's parent-death signal follows the thread that spawned the process. A group
+    of its own keeps the terminal's Ctrl-C from it.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    arguments = ["--socket", str(socket), "--rank", str(rank), "--parent", str(os.getpid())]
+    return subprocess.Popen(
+        [sys.executable, "-m", "encode_server.engine.rank", *arguments],
+        stdin=subprocess.DEVNULL,
+        pass_fds=fds,
+        process_group=0,
+        env=environment,
+    )

@@ -1,0 +1,215 @@
+"""A rank: one process, one device. Receives commands in order, executes each, acknowledges it, and decides nothing.
+
+Started by `engine.launch` as `python -m encode_server.engine.rank`. Heavy imports happen after the hello, so that the
+front knows at once that the process is up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import mmap
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import zmq
+
+from encode_server.engine import messages as m
+from encode_server.errors import StartupError
+
+if TYPE_CHECKING:
+    import torch
+
+    from encode_server.models.encoder import Encoder
+
+PR_SET_PDEATHSIG = 1
+
+
+class Channel:
+    """The rank's end of its PAIR socket to the front."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: str) -> None:
+        self._socket = context.socket(zmq.PAIR)
+        self._socket.set_hwm(0)
+        self._socket.linger = 1000
+        self._socket.connect(f"ipc://{path}")
+
+    def send(self, event: m.Event) -> None:
+        self._socket.send(m.encode(event))
+
+    def receive(self) -> m.Command:
+        return m.decode_command(self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class TensorStore:
+    """The arena as this rank sees it: tensors over shared memory, not copied."""
+
+    def __init__(self, fd: int, size: int) -> None:
+        self._map = mmap.mmap(fd, size)
+
+    def tensor(self, ref: m.TensorRef) -> torch.Tensor:
+        import torch
+
+        dtype = getattr(torch, ref.dtype)
+        count = 1
+        for extent in ref.shape:
+            count *= extent
+        if count == 0:
+            return torch.empty(ref.shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=ref.offset).view(ref.shape)
+
+
+class Worker:
+    """An encoder of this rank and the arena it reads from and writes to."""
+
+    def __init__(self, encoder: Encoder, store: TensorStore, rank: int) -> None:
+        self._encoder, self._store, self._rank = encoder, store, rank
+
+    def forward(self, command: m.Forward) -> m.Done:
+        import torch
+
+        try:
+            started = time.perf_counter()
+            items = [{ref.name: self._store.tensor(ref) for ref in item.inputs} for item in command.items]
+            embeddings = self._encoder.forward(command.modality, items)
+            if self._encoder.info.device != "cpu":
+                torch.cuda.synchronize(self._encoder.info.device)
+            forwarded = time.perf_counter()
+            if self._rank == 0:
+                self._write(command, embeddings)
+            written = time.perf_counter()
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            return m.Done(self._rank, command.seq, error=_one_line(error), out_of_memory=True)
+        except Exception as error:
+            return m.Done(self._rank, command.seq, error=_one_line(error))
+        return m.Done(self._rank, command.seq, forward_s=forwarded - started, copy_s=written - forwarded)
+
+    def _write(self, command: m.Forward, embeddings: list[torch.Tensor]) -> None:
+        for item, embedding in zip(command.items, embeddings, strict=True):
+            if tuple(embedding.shape) != item.output.shape:
+                raise ValueError(f"embedding of shape {tuple(embedding.shape)}, expected {item.output.shape}")
+            self._store.tensor(item.output).copy_(embedding)
+
+
+def serve(channel: Channel, worker: Worker, rank: int) -> None:
+    """Execute commands until `Shutdown`."""
+    while True:
+        match channel.receive():
+            case m.Forward() as command:
+                channel.send(worker.forward(command))
+            case m.Ping(seq):
+                channel.send(m.Done(rank, seq))
+            case m.Shutdown():
+                return
+            case m.Load():
+                raise StartupError("the front sent Load to a loaded rank")
+
+
+def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
+    """Join the group, load the encoder, run it once per modality.
+
+    The warm-up creates the communicators and finds what cannot run before the front says ready.
+    """
+
+    def progress(step: str) -> None:
+        channel.send(m.Progress(command.rank, step))
+
+    progress("importing torch")
+    import torch
+    import torch.distributed as dist
+
+    from encode_server.engine.device import resolve_device, resolve_dtype
+
+    torch.set_num_threads(command.threads)
+    device = resolve_device(command.device, command.rank)
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    if command.world > 1:
+        progress("joining the group")
+        # A FileStore on the inherited memfd: torch's TCPStore would let any local user join, and a file could leak.
+        dist.init_process_group(
+            # Ranks that share a GPU (a test on one card) cannot use NCCL, which takes one device per rank.
+            "nccl" if device != "cpu" and torch.cuda.device_count() >= command.world else "gloo",
+            store=dist.FileStore(f"/proc/self/fd/{command.store_fd}", command.world),
+            rank=command.rank,
+            world_size=command.world,
+        )
+    progress("loading weights")
+    from encode_server.models.encoder import load_encoder
+
+    encoder = load_encoder(
+        command.path,
+        device=device,
+        dtype=resolve_dtype(command.dtype, command.checkpoint_dtype, device),
+        rank=command.rank,
+        world=command.world,
+        trust_remote_code=command.trust_remote_code,
+    )
+    progress("warming up")
+    for modality in encoder.info.dims:
+        encoder.forward(modality, encoder.dummy(modality))
+    return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), encoder.info
+
+
+@contextlib.contextmanager
+def _joined_group() -> Iterator[None]:
+    yield
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _die_with(parent: int) -> None:
+    """Ask the kernel to kill this process when the front dies, however it dies."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request
+        sys.exit(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="encode_server.engine.rank")
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    args = parser.parse_args()
+    _die_with(args.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which shuts its ranks down
+
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    channel = Channel(context, args.socket)
+    try:
+        channel.send(m.Hello(args.rank))
+        command = channel.receive()
+        if not isinstance(command, m.Load):
+            return 0
+        with _joined_group():
+            worker, info = load(command, channel)
+            channel.send(m.Ready(args.rank, info))
+            serve(channel, worker, args.rank)
+    except StartupError as error:
+        channel.send(m.Failed(args.rank, str(error)))
+        return 3
+    except Exception as error:
+        channel.send(m.Failed(args.rank, _one_line(error)))
+        raise
+    finally:
+        channel.close()
+        context.term()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Keeps a group of ranks alive: starts it, watches it, restarts it, and says how it is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from encode_server.engine import messages as m
+from encode_server.engine.arena import Arena
+from encode_server.engine.group import GroupLost, GroupSpec, RankGroup
+from encode_server.errors import StartupError
+from encode_server.modality import Modality
+
+log = logging.getLogger(__name__)
+
+
+class EngineState(StrEnum):
+    """Where the engine is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class SupervisorOptions:
+    """`restarts` within `window_s` seconds are tried; one more ends the server. Times in seconds."""
+
+    stall_s: float
+    load_timeout_s: float
+    restarts: int
+    window_s: float = 600.0
+    ping_s: float = 5.0
+    ping_limit_s: float = 15.0
+
+
+class Supervisor:
+    """Owner of the rank group. `run` lives as long as the server; everything else asks it."""
+
+    def __init__(
+        self,
+        spec: GroupSpec,
+        arena: Arena,
+        options: SupervisorOptions,
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        self._spec, self._arena, self._options, self._on_fatal = spec, arena, options, on_fatal
+        self._group: RankGroup | None = None
+        self._restarted: deque[float] = deque()
+        self._changed = asyncio.Event()
+        self.state = EngineState.LOADING
+        self.reason = "the ranks are loading"
+        self.info: m.EncoderInfo | None = None
+        self.restarts = 0
+
+    @property
+    def rank_states(self) -> list[str]:
+        """Per rank, see `RankGroup.states`."""
+        return self._group.states if self._group else []
+
+    def oldest(self) -> tuple[m.Forward | m.Ping, float] | None:
+        """The command being executed and its age in seconds, see `RankGroup.oldest`."""
+        return self._group.oldest() if self._group else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether forwards can be sent."""
+        return self.state is EngineState.READY and self._group is not None and not self._group.lost.done()
+
+    async def wait_ready(self) -> m.EncoderInfo:
+        """Return once forwards can be sent. Raises GroupLost when they never will be again."""
+        while not self.ready:
+            if self.state in (EngineState.FAILED, EngineState.STOPPED):
+                raise GroupLost(self.reason)
+            await self._changed.wait()
+        assert self.info is not None
+        return self.info
+
+    async def forward(self, modality: Modality, items: tuple[m.ItemRef, ...]) -> list[m.Done]:
+        """Run one batch, see `RankGroup.forward`."""
+        if self._group is None or not self.ready:
+            raise GroupLost(self.reason)
+        return await self._group.forward(modality, items)
+
+    async def run(self) -> None:
+        """Start the group, and again whenever it is lost, until cancelled or until it fails too often."""
+        while True:
+            group = RankGroup(self._spec, self._arena, self._log_progress)
+            self._group = group
+            started = time.monotonic()
+            try:
+                self.info = await group.start(self._options.load_timeout_s)
+                log.info("ranks ready after %.1f s: %s", time.monotonic() - started, self.info)
+                self._set(EngineState.READY, "")
+                reason = await self._watch(group)
+            except StartupError as error:
+                reason = str(error)
+            except asyncio.CancelledError:
+                self._set(EngineState.STOPPED, "the server is stopping")
+                await group.stop()
+                raise
+            # Reaped before anything is replayed: a dying rank must not write into slots that are granted again.
+            self._set(EngineState.RESTARTING, reason)
+            await group.stop(grace=1.0)
+            if self.info is None or not self._may_restart():
+                self._set(EngineState.FAILED, reason)
+                self._on_fatal(reason)
+                return
+            delay = min(0.25 * 2 ** (len(self._restarted) - 1), 15.0)
+            log.error("ranks lost (%s); restarting in %.2f s", reason, delay)
+            await asyncio.sleep(delay)
+
+    async def _watch(self, group: RankGroup) -> str:
+        """Return the reason once the group is lost: a death it reports, a stalled command, an unanswered ping."""
+        pinged = time.monotonic()
+        while not group.lost.done():
+            await asyncio.wait((group.lost,), timeout=min(0.25, self._options.stall_s / 4))
+            oldest = group.oldest()
+            if oldest is not None:
+                what, limit = ("a forward", self._options.stall_s)
+                if isinstance(oldest[0], m.Ping):
+                    what, limit = ("a ping", min(self._options.stall_s, self._options.ping_limit_s))
+                if oldest[1] > limit:
+                    group.fail(f"the ranks hang: {what} has not ended after {oldest[1]:.1f} s")
+            elif oldest is None and time.monotonic() - pinged > self._options.ping_s:
+                pinged = time.monotonic()
+                task = asyncio.create_task(group.ping())
+                task.add_done_callback(lambda t: t.cancelled() or t.exception())
+        return group.lost.result()
+
+    def _may_restart(self) -> bool:
+        now = time.monotonic()
+        while self._restarted and now - self._restarted[0] > self._options.window_s:
+            self._restarted.popleft()
+        if len(self._restarted) >= self._options.restarts:
+            return False
+        self._restarted.append(now)
+        self.restarts += 1
+        return True
+
+    def _set(self, state: EngineState, reason: str) -> None:
+        self.state, self.reason = state, reason
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _log_progress(self, rank: int, step: str) -> None:
+        log.info("rank %d: %s", rank, step)

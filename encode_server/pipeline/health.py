@@ -1,0 +1,148 @@
+"""The health probe: a real encode of tiny media when the engine is idle, its progress when it is busy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from encode_server.engine.group import GroupLost
+from encode_server.engine.messages import Forward
+from encode_server.engine.supervisor import Supervisor
+from encode_server.errors import EncodeError
+from encode_server.modality import Modality
+from encode_server.pipeline.batcher import Batcher
+from encode_server.pipeline.pipeline import Pipeline
+from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
+
+ANSWER_S = 1.5  # probers give up after 2 s
+
+
+@dataclass
+class Verdict:
+    """Healthy or not; `document` is the answer's body and says why."""
+
+    healthy: bool
+    document: dict[str, object]
+
+
+@dataclass
+class _Outcome:
+    """How the last probe of one modality ended: `at` is wall-clock time, `reason` is empty on success."""
+
+    at: float
+    seconds: float
+    reason: str
+
+
+class HealthProbe:
+    """Answers within `ANSWER_S`, whatever the engine does. Simultaneous probes share one encode."""
+
+    def __init__(
+        self, pipeline: Pipeline, engine: Supervisor, batcher: Batcher, media: Mapping[Modality, bytes], stall_s: float
+    ) -> None:
+        self._pipeline, self._engine, self._batcher, self._media = pipeline, engine, batcher, media
+        self._stall_s = stall_s
+        self._outcomes: dict[Modality, _Outcome] = {}
+        self._last_success: float | None = None
+        self._probe: asyncio.Task[str] | None = None
+
+    async def check(self) -> Verdict:
+        """Judge by progress when a forward is in flight, else encode each modality the model has."""
+        if not self._engine.ready:
+            return self._verdict(self._engine.reason or "the ranks are not ready")
+        if self._probe is None:
+            if self._forward_age() is not None:
+                return self._by_progress()
+            self._probe = asyncio.create_task(self._encode_all())
+            self._probe.add_done_callback(self._forget)
+        probe = self._probe
+        # Shared with other probers, so one that leaves or gives up does not end it.
+        await asyncio.wait((probe,), timeout=ANSWER_S)
+        if probe.done():
+            return self._verdict("the server is stopping" if probe.cancelled() else probe.result())
+        if self._batcher.traffic_in_flight:
+            return self._by_progress()
+        return self._verdict(f"a probe's encode on an idle engine did not end within {ANSWER_S} s")
+
+    async def close(self) -> None:
+        """End a probe that is under way."""
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+
+    def _forget(self, probe: asyncio.Task[str]) -> None:
+        self._probe = None
+
+    async def _encode_all(self) -> str:
+        """Encode every modality; the first reason why one did not work, or nothing."""
+        reasons = await asyncio.gather(*(self._encode(modality, media) for modality, media in self._media.items()))
+        return next((reason for reason in reasons if reason), "")
+
+    async def _encode(self, modality: Modality, media: bytes) -> str:
+        started = time.perf_counter()
+        deadline = time.monotonic() + self._stall_s
+        request = EncodeRequest(f"health-{uuid.uuid4().hex}", modality, [MediaItem(media)], deadline, urgent=True)
+        reason = ""
+        try:
+            async with asyncio.timeout(self._stall_s), self._pipeline.encode(request) as encoded:
+                reason = _flaw(encoded)
+        except EncodeError as error:
+            reason = error.message
+        except TimeoutError:
+            reason = f"no embedding after {self._stall_s:g} s"
+        except GroupLost as lost:
+            reason = str(lost)
+        self._outcomes[modality] = _Outcome(time.time(), time.perf_counter() - started, reason)
+        if not reason:
+            self._last_success = time.time()
+        return f"{modality}: {reason}" if reason else ""
+
+    def _forward_age(self) -> float | None:
+        oldest = self._engine.oldest()
+        return oldest[1] if oldest is not None and isinstance(oldest[0], Forward) else None
+
+    def _by_progress(self) -> Verdict:
+        age = self._forward_age() or 0.0
+        if age < self._stall_s:
+            return self._verdict("", busy_s=age)
+        return self._verdict(f"a forward has been in flight for {age:.1f} s")
+
+    def _verdict(self, reason: str, busy_s: float | None = None) -> Verdict:
+        document: dict[str, object] = {
+            "status": "unhealthy" if reason else "healthy",
+            "reason": reason or ("encoding" if busy_s is not None else "encoded"),
+            "engine": self._engine.state,
+            "ranks": dict(enumerate(self._engine.rank_states)),
+            "restarts": self._engine.restarts,
+            "queue": self._batcher.queued,
+            "batches_in_flight": self._batcher.in_flight,
+            "oldest_forward_s": self._forward_age(),
+            "last_success": self._last_success,
+            "modalities": {
+                modality: {
+                    "ok": not outcome.reason,
+                    "at": outcome.at,
+                    "seconds": outcome.seconds,
+                    "reason": outcome.reason,
+                }
+                for modality, outcome in self._outcomes.items()
+            },
+        }
+        return Verdict(not reason, document)
+
+
+def _flaw(encoded: Encoded) -> str:
+    """What is wrong with the embedding, or nothing: its shape, its size, a value that is not finite."""
+    data = encoded.contiguous()
+    if encoded.shape[0] < 1 or data.nbytes != encoded.nbytes:
+        return f"{data.nbytes} bytes for an embedding of shape {encoded.shape}"
+    if encoded.dtype == "bfloat16":  # numpy has none: the upper half of a float32
+        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = np.frombuffer(data, np.dtype(encoded.dtype))
+    return "" if np.isfinite(values).all() else "values that are not finite"

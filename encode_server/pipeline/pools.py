@@ -1,0 +1,41 @@
+"""The thread pools: media is prepared in one, answers in another, so that neither waits for the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Pools:
+    """`preproc`: fetch, decode, preprocess, copy in. `send`: copy out, encode answers. `urgent`: the health probe's."""
+
+    def __init__(self, preproc_workers: int, send_workers: int) -> None:
+        self.preproc = ThreadPoolExecutor(preproc_workers, "preproc")
+        self.send = ThreadPoolExecutor(send_workers, "send")
+        self.urgent = ThreadPoolExecutor(1, "urgent")
+
+    def close(self) -> None:
+        """Drop what has not started; threads end after what they run."""
+        for pool in (self.preproc, self.send, self.urgent):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+async def run(pool: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run in the pool. Cancelled before it starts, it never runs; later, its result is dropped."""
+    return await asyncio.get_running_loop().run_in_executor(pool, lambda: function(*args, **kwargs))
+
+
+async def run_to_end(pool: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run in the pool; a cancellation waits for the thread, which still uses the memory it was given."""
+    future = asyncio.get_running_loop().run_in_executor(pool, lambda: function(*args, **kwargs))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            await asyncio.wait((future,))
+        raise

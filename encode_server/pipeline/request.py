@@ -1,0 +1,95 @@
+"""What is asked of the pipeline, and what it answers with."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+from encode_server.delivery.frames import ItemInfo
+from encode_server.modality import Modality
+from encode_server.models.prepared import ItemOptions
+from encode_server.pipeline.work import Work
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """One item of a request: a URL, data URI, base64 text, or the media bytes themselves."""
+
+    source: str | bytes
+    options: ItemOptions = field(default_factory=ItemOptions)
+    content_hash: str | None = None
+
+
+@dataclass
+class EncodeRequest:
+    """A request in work. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line."""
+
+    req_id: str
+    modality: Modality
+    items: list[MediaItem]
+    deadline: float
+    urgent: bool = False
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Note a stage's time; items run side by side, so the longest counts."""
+        self.stages[stage] = max(self.stages.get(stage, 0.0), seconds)
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline; not negative."""
+        return max(0.0, self.deadline - time.monotonic())
+
+
+@dataclass
+class EncodedItem:
+    """An item's embedding: `data` holds `tokens` × dim values, in the arena while `work` is set, else on the heap."""
+
+    info: ItemInfo
+    extra: dict[str, float | int | list[float] | list[int]]
+    data: memoryview
+    work: Work | None
+
+    def detach(self) -> None:
+        """Move the embedding to the heap and free its slot. Copies: call it in a worker thread's turn."""
+        if self.work is not None:
+            self.data = memoryview(bytes(self.data))
+
+    def release(self) -> None:
+        """Free the arena slot, if any; `data` is then valid only if it was detached."""
+        if self.work is not None:
+            self.work.release()
+            self.work = None
+
+
+@dataclass
+class Encoded:
+    """All items of a request, encoded: [tokens, dim] when put one after another."""
+
+    modality: Modality
+    model: str
+    dtype: str
+    dim: int
+    items: list[EncodedItem]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(tokens of all items, dim)."""
+        return sum(item.info.tokens for item in self.items), self.dim
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the embedding in bytes."""
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+
+    def contiguous(self) -> memoryview:
+        """The whole embedding as one buffer: the item's own where there is one item, else a copy."""
+        if len(self.items) == 1:
+            return self.items[0].data
+        joined = bytearray(self.nbytes)
+        offset = 0
+        for item in self.items:
+            joined[offset : offset + item.data.nbytes] = item.data
+            offset += item.data.nbytes
+        return memoryview(joined)

@@ -1,0 +1,87 @@
+"""Run the server under our own uvicorn: bind first, say what goes wrong in one line, exit with a meaningful status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Generator
+
+import uvicorn
+import uvloop
+
+from encode_server.app import create_app
+from encode_server.errors import StartupError
+from encode_server.settings import Settings
+from encode_server.telemetry import logs
+
+log = logging.getLogger(__name__)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's server, with signals left to `serve`, which decides the exit status."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C (exit status 0) or until the server cannot go on (1).
+
+    Raises StartupError when it cannot start as asked.
+    """
+    logs.configure(settings.log_level)
+    failures: list[str] = []
+    server: _Uvicorn
+
+    def fail(reason: str) -> None:
+        failures.append(reason)
+        server.should_exit = True
+
+    with bind(settings.host, settings.port) as listener:
+        app = create_app(settings, on_fatal=fail)
+        server = _Uvicorn(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=max(1, round(settings.grace_s)),
+            )
+        )
+        host, port = listener.getsockname()[:2]
+        log.info("serving %s on http://%s:%d, loading", settings.model, host, port)
+        uvloop.run(_until_signalled(server, listener))
+    if failures:
+        raise StartupError(failures[0])
+    return 0
+
+
+async def _until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:
+    def leave() -> None:
+        server.force_exit = server.should_exit  # the second one
+        server.should_exit = True
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, leave)
+    await server.serve(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartupError when the address is taken or not ours."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartupError(f"cannot listen on {host}:{port}: {reason.lower()}") from None
+    listener.setblocking(False)
+    return listener

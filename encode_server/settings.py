@@ -1,0 +1,128 @@
+"""Every option of the server, once: its name, its default, its help and its `ENCODE_SERVER_*` variable.
+
+`encode-server serve` takes each field as `--kebab-case`; `uvicorn encode_server.app:app` reads the variables. Both go
+through `load_settings`, so a wrong value gives the same sentence either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from encode_server.errors import StartupError
+
+ENV_PREFIX = "ENCODE_SERVER_"
+
+CommaList = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """The options; sizes are in MiB (`_mb`), times in seconds (`_s`)."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, env_ignore_empty=True, extra="forbid")
+
+    # What is served, and on what.
+    model: str = Field("demo", description="checkpoint: a directory, a hub id, or `demo` (small, random weights)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    tp: int = Field(1, ge=1, le=64, description="tensor-parallel ranks, one device each")
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto", description="where the ranks run; auto: CUDA when there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's on CUDA, float32 on a CPU without fast bfloat16"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the checkpoint, with this server's rights"
+    )
+
+    # HTTP.
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    max_body_mb: int = Field(128, ge=1, description="largest request body")
+    max_items: int = Field(256, ge=1, description="most media items in one request")
+
+    # Pools, batches, memory.
+    preproc_workers: int = Field(8, ge=1, le=256, description="threads that decode and preprocess media")
+    send_workers: int = Field(4, ge=1, le=256, description="threads that prepare answers and deliveries")
+    rank_threads: int = Field(0, ge=0, description="CPU threads of each rank; 0: the cores shared among the ranks")
+    image_batch_tokens: int = Field(16384, ge=1, description="patches of images in one batch; a larger item goes alone")
+    video_batch_tokens: int = Field(32768, ge=1, description="patches of video in one batch; a larger item goes alone")
+    audio_batch_tokens: int = Field(
+        48000, ge=1, description="mel frames of audio in one batch; a larger item goes alone"
+    )
+    arena_mb: int = Field(2048, ge=16, description="shared memory for inputs and embeddings in work (used as needed)")
+
+    # Time.
+    timeout_s: float = Field(60.0, gt=0, description="a request's deadline when it names none")
+    max_timeout_s: float = Field(600.0, gt=0, description="the longest deadline a request may ask for")
+    stall_s: float = Field(60.0, gt=0, description="a forward older than this means that the ranks hang")
+    load_timeout_s: float = Field(900.0, gt=0, description="longest time the ranks may take to load")
+    grace_s: float = Field(20.0, ge=0, description="after SIGTERM: time for accepted work to finish")
+
+    # Faults.
+    max_restarts: int = Field(10, ge=0, description="restarts of lost ranks within ten minutes before the server ends")
+
+    # Limits.
+    max_requests: int = Field(1024, ge=1, description="requests in work; beyond it 429")
+
+    # Media.
+    media_allow: CommaList = Field(
+        (),
+        description="hosts media URLs may name; empty: the public internet. Names, *.names, networks, host:port, or "
+        "`off`; `public` keeps the public internet beside them",
+    )
+    media_roots: CommaList = Field((), description="directories below which file:// media is read; empty: none")
+    max_media_mb: int = Field(64, ge=1, description="largest media item as sent or downloaded")
+    max_pixels: int = Field(64_000_000, ge=1, description="most pixels of an image or a video frame, before decoding")
+    max_frames: int = Field(768, ge=1, description="most frames taken from one video")
+    max_audio_s: float = Field(1800.0, gt=0, description="longest audio")
+    decode_s: float = Field(30.0, gt=0, description="longest time for decoding one item")
+    fetch_s: float = Field(20.0, gt=0, description="longest time for downloading one item")
+
+    # Delivery.
+    destination_allow: CommaList = Field(
+        (), description="networks or hosts beside private and loopback ones that embeddings may be pushed to"
+    )
+    send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
+
+    # Logging.
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+
+    @field_validator("media_allow", "media_roots", "destination_allow", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
+    """The settings from `options` (by field name, as text or typed), else the environment, else the defaults.
+
+    Raises StartupError naming the option, what it got and what it takes.
+    """
+    given = dict(options or {})
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise StartupError("; ".join(_complaint(e, given) for e in error.errors())) from None
+
+
+def option_name(field: str) -> str:
+    """`preproc_workers` → `--preproc-workers`."""
+    return "--" + field.replace("_", "-")
+
+
+def variable_name(field: str) -> str:
+    """`preproc_workers` → `ENCODE_SERVER_PREPROC_WORKERS`."""
+    return ENV_PREFIX + field.upper()
+
+
+def _complaint(error: Any, given: Mapping[str, Any]) -> str:
+    field = str(error["loc"][0])
+    where = option_name(field) if field in given else variable_name(field)
+    if error["type"] == "extra_forbidden":
+        return f"{where}: there is no such option"
+    takes = error["msg"].removeprefix("Input should be ").removeprefix("a ")
+    return f"{where}: got {error['input']!r}, takes {takes}"

@@ -1,0 +1,62 @@
+"""The Prometheus metrics of one server, in a registry of its own."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+class Metrics:
+    """What is counted. Names and labels are what `/metrics` shows."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "encode_requests", "Requests by modality and outcome", ["modality", "outcome"], registry=self.registry
+        )
+        self.stage = Histogram(
+            "encode_stage_seconds",
+            "Time an item or request spent in a stage",
+            ["stage"],
+            buckets=STAGE_BUCKETS,
+            registry=self.registry,
+        )
+        self.items = Counter("encode_items", "Media items by modality", ["modality"], registry=self.registry)
+        self.preprocessed = Counter(
+            "encode_preprocessed_items", "Items decoded and preprocessed", ["modality"], registry=self.registry
+        )
+        self.tokens = Counter(
+            "encode_tokens", "Embedding rows delivered, by modality", ["modality"], registry=self.registry
+        )
+        self.batch_tokens = Histogram(
+            "encode_batch_tokens",
+            "Encoder tokens (patches, mel frames) of a batch",
+            ["modality"],
+            buckets=TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self.dropped = Counter(
+            "encode_dropped_items", "Items ended before their forward, by reason", ["reason"], registry=self.registry
+        )
+        self.replayed = Counter(
+            "encode_replayed_items", "Items sent again because the ranks were lost", registry=self.registry
+        )
+        self.in_work = Gauge("encode_requests_in_work", "Requests accepted and not ended", registry=self.registry)
+        self.queued = Gauge("encode_queued_items", "Items waiting for a batch", registry=self.registry)
+        self.in_flight = Gauge("encode_batches_in_flight", "Batches sent to the ranks", registry=self.registry)
+        self.arena_used = Gauge("encode_arena_used_bytes", "Bytes of the arena granted", registry=self.registry)
+        self.arena_size = Gauge("encode_arena_size_bytes", "Bytes of the arena", registry=self.registry)
+        self.rank_up = Gauge("encode_rank_up", "1 when the rank is ready", ["rank"], registry=self.registry)
+        self.restarts = Gauge("encode_group_restarts", "Restarts of the rank group", registry=self.registry)
+        self.loop_lag = Histogram(
+            "encode_loop_lag_seconds",
+            "How late the event loop runs a timer",
+            buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1),
+            registry=self.registry,
+        )
+
+    def render(self) -> bytes:
+        """The text format."""
+        return generate_latest(self.registry)
