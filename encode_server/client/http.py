@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -13,7 +13,7 @@ import msgspec
 from encode_server.client.answers import error_from, from_json, from_safetensors
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
-from encode_server.client.media import Media, wire_items
+from encode_server.client.media import Media, items_json
 from encode_server.delivery.frames import ItemInfo
 from encode_server.modality import Modality
 
@@ -21,6 +21,7 @@ CONNECT_TIMEOUT_S = 5.0
 DEADLINE_MARGIN_S = 5.0
 # Below uvicorn's 5 s, so that a connection isn't used again just as the server closes it.
 KEEPALIVE_S = 4.0
+SEND_BYTES = 512 * 1024
 
 
 class Delivered(msgspec.Struct, frozen=True):
@@ -98,8 +99,8 @@ class EncodeClient:
         this is, when several encoders share it. `timeout_s`: the deadline given to the server, seconds; the client then
         waits a little longer, so that the server's own answer to a missed deadline arrives.
         """
-        request = await self._request(media, modality, req_id, num_parts, part_idx, timeout_s)
-        return from_safetensors(await self._post(request, "application/octet-stream", timeout_s))
+        fields = _fields(modality, req_id, num_parts, part_idx)
+        return from_safetensors(await self._post(media, fields, "application/octet-stream", timeout_s))
 
     async def encode_json(
         self,
@@ -112,8 +113,8 @@ class EncodeClient:
         timeout_s: float | None = None,
     ) -> Embedding:
         """As `encode`, through the JSON answer: a third more bytes, and a copy; for checks and for debugging."""
-        request = await self._request(media, modality, req_id, num_parts, part_idx, timeout_s)
-        return await asyncio.to_thread(from_json, await self._post(request, "application/json", timeout_s))
+        fields = _fields(modality, req_id, num_parts, part_idx)
+        return await asyncio.to_thread(from_json, await self._post(media, fields, "application/json", timeout_s))
 
     async def push(
         self,
@@ -131,9 +132,9 @@ class EncodeClient:
 
         Returns once the server has handed it over. The other arguments are those of `encode`.
         """
-        request = await self._request(media, modality, req_id, num_parts, part_idx, timeout_s)
-        request |= {"prefill_host": prefill_host, "embedding_port": embedding_port}
-        body = await self._post(request, "application/json", timeout_s)
+        fields = _fields(modality, req_id, num_parts, part_idx)
+        fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port}
+        body = await self._post(media, fields, "application/json", timeout_s)
         try:
             return msgspec.json.decode(body, type=Delivered)
         except (ValueError, RecursionError) as exc:
@@ -141,44 +142,30 @@ class EncodeClient:
 
     async def health(self, *, timeout: float = 5.0) -> Health:
         """What `/health` says within `timeout` seconds. A sick or loading server (503) is an answer, not an error."""
-        status, body, _ = await self._exchange("GET", "/health", timeout, b"", {})
+        status, body, _ = await self._exchange("GET", "/health", timeout, None, {})
         try:
             return Health(status, msgspec.json.decode(body, type=dict[str, Any]))
         except (ValueError, RecursionError):
             raise error_from(status, body, None) from None
 
-    async def _request(
-        self,
-        media: Sequence[Media],
-        modality: Modality | str,
-        req_id: str | None,
-        num_parts: int,
-        part_idx: int,
-        timeout_s: float | None,
-    ) -> dict[str, object]:
-        request: dict[str, object] = {
-            "mm_items": await wire_items(media),
-            "modality": str(modality),
-            "num_parts": num_parts,
-            "part_idx": part_idx,
+    async def _post(
+        self, media: Sequence[Media], fields: dict[str, object], accept: str, timeout_s: float | None
+    ) -> bytearray:
+        given = {name: value for name, value in (fields | {"timeout_s": timeout_s}).items() if value is not None}
+        pieces = [b'{"mm_items":', *await items_json(media), b",", msgspec.json.encode(given)[1:]]
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(sum(map(len, pieces))),
+            "Accept": accept,
         }
-        if req_id is not None:
-            request["req_id"] = req_id
-        if timeout_s is not None:
-            request["timeout_s"] = timeout_s
-        return request
-
-    async def _post(self, request: dict[str, object], accept: str, timeout_s: float | None) -> bytearray:
         limit = self.timeout if timeout_s is None else timeout_s + DEADLINE_MARGIN_S
-        headers = {"Content-Type": "application/json", "Accept": accept}
-        content = msgspec.json.encode(request)
-        status, body, retry_after = await self._exchange("POST", "/encode", limit, content, headers)
+        status, body, retry_after = await self._exchange("POST", "/encode", limit, _sent(pieces), headers)
         if status != 200:
             raise error_from(status, body, retry_after)
         return body
 
     async def _exchange(
-        self, method: str, path: str, limit: float, content: bytes, headers: dict[str, str]
+        self, method: str, path: str, limit: float, content: AsyncIterator[bytes] | None, headers: dict[str, str]
     ) -> tuple[int, bytearray, str | None]:
         """Status, body and Retry-After of one request, in `limit` seconds."""
         import httpx
@@ -197,3 +184,14 @@ class EncodeClient:
             raise TimeoutError(f"no answer from {self.base_url}{path} within {limit:g} s") from exc
         except httpx.RequestError as exc:
             raise ServerUnreachable(f"{self.base_url}{path}: {exc or type(exc).__name__}") from exc
+
+
+def _fields(modality: Modality | str, req_id: str | None, num_parts: int, part_idx: int) -> dict[str, object]:
+    return {"modality": str(modality), "req_id": req_id, "num_parts": num_parts, "part_idx": part_idx}
+
+
+async def _sent(pieces: list[bytes]) -> AsyncIterator[bytes]:
+    # A large body in one go would be copied in one go, on the loop.
+    for piece in pieces:
+        for start in range(0, len(piece), SEND_BYTES):
+            yield piece[start : start + SEND_BYTES]

@@ -36,39 +36,45 @@ class Item:
 Media = str | bytes | Path | Item
 
 
-async def wire_items(media: Sequence[Media]) -> list[object]:
-    """The `mm_items` of a request: strings as they are, bytes and files as base64, made in a thread when large.
+async def items_json(media: Sequence[Media]) -> list[bytes]:
+    """The `mm_items` of a request as JSON in pieces to be sent one after another, none of them joined.
 
-    Raises `OSError` for a file that can't be read, `ValueError` for no media, `TypeError` for anything else than media.
+    Strings go as they are, bytes and files as base64, made in a thread when large. Raises `OSError` for a file that
+    can't be read, `ValueError` for no media, `TypeError` for anything else than media.
     """
     if isinstance(media, str | bytes | Path | Item):
         raise TypeError("media is a list of items, also for one item")
     if not media:
         raise ValueError("no media given")
-    return [await _wire_item(item) for item in media]
+    pieces: list[bytes] = []
+    for item in media:
+        pieces += [b"," if pieces else b"[", *await _item_json(item)]
+    return [*pieces, b"]"]
 
 
-async def _wire_item(item: Media) -> object:
+async def _item_json(item: Media) -> list[bytes]:
     if not isinstance(item, Item):
-        return await _wire_source(item)
+        return await _source_json(item)
     options = {name: getattr(item, name) for name in Item.__slots__ if name != "media"}
-    return {"url": await _wire_source(item.media)} | {k: v for k, v in options.items() if v is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    rest = b"," + msgspec.json.encode(given)[1:] if given else b"}"
+    return [b'{"url":', *await _source_json(item.media), rest]
 
 
-async def _wire_source(media: str | bytes | Path) -> str | msgspec.Raw:
+async def _source_json(media: str | bytes | Path) -> list[bytes]:
     if isinstance(media, str):
-        return media
+        return [msgspec.json.encode(media)]
     if isinstance(media, Path):
-        return await asyncio.to_thread(lambda: _quoted_base64(media.read_bytes()))
+        return await asyncio.to_thread(lambda: _base64_json(media.read_bytes()))
     if not isinstance(media, bytes | bytearray | memoryview):
         raise TypeError(f"media is a str, bytes, Path or Item, not {type(media).__name__}")
     if len(media) <= IN_PLACE_BYTES:
-        return _quoted_base64(media)
-    return await asyncio.to_thread(_quoted_base64, media)
+        return _base64_json(media)
+    return await asyncio.to_thread(_base64_json, media)
 
 
-def _quoted_base64(data: bytes) -> msgspec.Raw:
-    """A JSON string, ready for the encoder. In pieces: one call for all of it would keep the GIL from the loop."""
+def _base64_json(data: bytes) -> list[bytes]:
+    # In pieces: one call for all of it would keep the GIL from the loop.
     view = memoryview(data).cast("B")
     pieces = [b2a_base64(view[i : i + PIECE_BYTES], newline=False) for i in range(0, len(view), PIECE_BYTES)]
-    return msgspec.Raw(b'"' + b"".join(pieces) + b'"')
+    return [b'"', *pieces, b'"']
