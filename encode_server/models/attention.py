@@ -1,0 +1,109 @@
+"""Attention over packed segments, registered with transformers: never a dense mask over a batch.
+
+transformers hands `cu_seqlens` only to an implementation whose name contains "flash", hence the name here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+IMPLEMENTATION = "encode_server_flash_segments"
+
+
+class Segments:
+    """Where the attention segments of one packed batch begin and end, computed once for all layers."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """`lengths`: tokens of each segment, in order, as they lie in the packed batch."""
+        self.lengths = tuple(lengths)
+        self.longest = max(self.lengths)
+        self.cu_seqlens = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device)
+
+    @cached_property
+    def groups(self) -> list[torch.Tensor]:
+        """For each distinct length, the packed positions of its segments: int64 [segments, length]."""
+        starts: dict[int, list[int]] = {}
+        for start, length in zip([0, *accumulate(self.lengths)], self.lengths, strict=False):
+            starts.setdefault(length, []).append(start)
+        device = self.cu_seqlens.device
+        return [
+            torch.tensor(begin, device=device)[:, None] + torch.arange(length, device=device)
+            for length, begin in starts.items()
+        ]
+
+
+def use_segment_attention(model: nn.Module) -> None:
+    """Make `model`, and every model inside it, attend with this implementation."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, segment_attention)
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            config._attn_implementation = IMPLEMENTATION
+
+
+def segment_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    segments: Sequence[Segments] = (),
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: q, k, v [1, heads, tokens, dim] → [1, tokens, heads, dim].
+
+    `segments` holds the batch's layouts (full and windowed); the layer's `cu_seq_lens_q` says which one it means.
+    Layers without segments (padded batches) get plain scaled-dot-product attention.
+    """
+    if cu_seq_lens_q is None:
+        output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+        return output.transpose(1, 2), None
+    layout = next((known for known in segments if known.cu_seqlens is cu_seq_lens_q), None)
+    if layout is None:
+        lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
+        layout = Segments(lengths, query.device)
+    q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    attend = _varlen if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else _grouped
+    return attend(q, k, v, layout, scaling).unsqueeze(0), None
+
+
+def _grouped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, scaling: float | None
+) -> torch.Tensor:
+    """[tokens, heads, dim] each; one scaled-dot-product call per distinct segment length."""
+    if len(layout.groups) == 1:
+        return _batched(q, k, v, len(layout.lengths), scaling)
+    output = torch.empty_like(q)
+    for positions in layout.groups:
+        flat = positions.flatten()
+        output[flat] = _batched(q[flat], k[flat], v[flat], len(positions), scaling)
+    return output
+
+
+def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, scaling: float | None) -> torch.Tensor:
+    """`count` equally long segments, packed: [count × length, heads, dim]."""
+    q, k, v = (states.reshape(count, -1, *states.shape[1:]).transpose(1, 2) for states in (q, k, v))
+    output = functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+    return output.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, scaling: float | None) -> torch.Tensor:
+    """[tokens, heads, dim] each; torch's flash kernel over packed segments."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = layout.cu_seqlens, layout.longest
+    output = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, scale=scaling)
+    assert isinstance(output, torch.Tensor)
+    return output

@@ -1,0 +1,159 @@
+"""Where a checkpoint is: a directory, a hub id, or the embedded demo.
+
+Reads JSON and headers only; imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encode_server.errors import StartupError
+
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
+"""What is fetched from the hub: configuration, processors and safetensors, never code or pickled weights."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    `path`: its directory. `config`: its config.json. `name`: as the operator gave it. `revision`: the commit of a hub
+    checkpoint, empty for a directory.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    name: str
+    revision: str = ""
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in config.json."""
+        return str(self.config.get("model_type", ""))
+
+
+def resolve(model: str, revision: str | None = None) -> Checkpoint:
+    """Find the checkpoint that `model` names: `demo`, a directory, or a hub id (`revision`: branch, tag or commit).
+
+    A hub checkpoint is downloaded unless the hub's offline variables (`HF_HUB_OFFLINE`) say otherwise.
+
+    Raises:
+        StartupError: unknown model, missing or unreadable files, or an architecture this server has no family for.
+    """
+    if model == "demo":
+        from encode_server.models.demo import demo_path
+
+        return open_directory(demo_path(), name=model)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_directory(path, name=model)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise StartupError(f"model {model!r}: no such directory")
+    snapshot = _download(model, revision)
+    return open_directory(snapshot, name=model, revision=snapshot.name)
+
+
+def open_directory(path: Path, *, name: str | None = None, revision: str = "") -> Checkpoint:
+    """The checkpoint in directory `path`, checked for what loading needs.
+
+    Raises:
+        StartupError: config.json or the safetensors are missing or unreadable, or the architecture is unsupported.
+    """
+    from encode_server.models.registry import check_supported
+
+    name = name or str(path)
+    config = read_json(path / "config.json", name)
+    checkpoint = Checkpoint(path=path, config=config, name=name, revision=revision)
+    check_supported(checkpoint)
+    weight_files(checkpoint)
+    return checkpoint
+
+
+def weight_files(checkpoint: Checkpoint) -> list[Path]:
+    """The safetensors shards: those the index names, or every *.safetensors of the directory, sorted.
+
+    Raises:
+        StartupError: there are none, or one the index names is missing.
+    """
+    index = checkpoint.path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index, checkpoint.name).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise StartupError(f"model {checkpoint.name!r}: {index.name} has no weight_map")
+        files = [checkpoint.path / str(shard) for shard in sorted(set(shards.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise StartupError(f"model {checkpoint.name!r}: {missing[0]} is named by {index.name} but missing")
+        return files
+    if not (files := sorted(checkpoint.path.glob("*.safetensors"))):
+        raise StartupError(f"model {checkpoint.name!r}: no *.safetensors file (other weight formats are not read)")
+    return files
+
+
+def tensor_dtypes(file: Path) -> Iterator[tuple[str, str]]:
+    """Name and dtype (safetensors' name, such as `BF16`) of each tensor in a shard, from its header alone.
+
+    Raises:
+        StartupError: the file is not safetensors.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100 << 20:
+                raise ValueError("header too large")
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, str(entry["dtype"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise StartupError(f"{file.name} is not a readable safetensors file") from error
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint called `name`.
+
+    Raises:
+        StartupError: missing, unreadable, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StartupError(f"model {name!r}: {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise StartupError(f"model {name!r}: {path.name} cannot be read: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise StartupError(f"model {name!r}: {path.name} is not a JSON object")
+    return content
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+    except HFValidationError as error:
+        raise StartupError(f"model {model!r} is neither a directory nor a valid hub id") from error
+    except RevisionNotFoundError as error:
+        raise StartupError(f"model {model!r} has no revision {revision!r} on the hub") from error
+    except LocalEntryNotFoundError as error:
+        raise StartupError(
+            f"model {model!r} is neither a directory nor in the local hub cache, and the hub cannot be reached"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise StartupError(f"model {model!r} is neither a directory nor a hub id you have access to") from error
+    except (OSError, ValueError) as error:
+        raise StartupError(f"model {model!r} cannot be fetched from the hub: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

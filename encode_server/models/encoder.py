@@ -1,0 +1,76 @@
+"""A rank's encoder: loaded, sharded, and run batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from encode_server.engine.messages import EncoderInfo
+from encode_server.errors import StartupError
+from encode_server.modality import Modality
+from encode_server.models.attention import use_segment_attention
+from encode_server.models.checkpoint import open_directory
+from encode_server.models.families import family_of
+from encode_server.models.families.base import Family
+from encode_server.models.parallel import shard
+from encode_server.models.registry import check_tp, summarize
+from encode_server.models.weights import load_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Encoder:
+    """The towers of one checkpoint on one device, as one rank of a tensor-parallel group holds them."""
+
+    def __init__(self, family: Family, model: nn.Module, device: torch.device, info: EncoderInfo) -> None:
+        self.info = info
+        self._family = family
+        self._model = model
+        self._device = device
+
+    @torch.inference_mode()
+    def forward(self, modality: Modality, items: Sequence[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Encode a batch. `items`: each item's CPU tensors as `Prepared.tensors` has them, only read.
+
+        Returns one [tokens, dim] tensor per item on the device, in the encoder's dtype. With several ranks every rank
+        must make the same calls in the same order; each gets the whole result.
+        """
+        return self._family.forward(self._model, modality, items, self._device)
+
+
+def load_encoder(
+    path: str, *, device: str, dtype: str, rank: int = 0, world: int = 1, trust_remote_code: bool = False
+) -> Encoder:
+    """Load the encoder of the checkpoint in directory `path` and keep the part of rank `rank` of `world`.
+
+    `device`: torch's name. `dtype`: `float32`, `bfloat16` or `float16`. With `world` > 1 torch.distributed's default
+    group must exist. `trust_remote_code` is accepted for architectures to come: those known now need none.
+
+    Raises:
+        StartupError: unsupported or incomplete checkpoint, or a `world` that doesn't divide the attention heads.
+    """
+    if dtype not in DTYPES:
+        raise StartupError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    checkpoint = open_directory(Path(path))
+    check_tp(summarize(checkpoint), world)
+    family = family_of(checkpoint)
+    model_class, config = family.model_class()
+    model: Any = load_model(
+        model_class, config, checkpoint, rename=family.rename, required=family.required, dtype=DTYPES[dtype]
+    )
+    shard(model, family.plan, rank=rank, world=world)
+    use_segment_attention(model)
+    target = torch.device(device)
+    model = model.to(target)
+    info = EncoderInfo(
+        model_type=checkpoint.model_type,
+        dims=family.dims(model),
+        dtype=dtype,
+        device=device,
+        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+    )
+    return Encoder(family, model, target, info)

@@ -1,0 +1,102 @@
+"""What a family answers for its architecture. Modelling code is imported inside the methods that ranks call."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from encode_server.modality import Modality
+from encode_server.models.checkpoint import Checkpoint
+from encode_server.models.parallel import Plan
+from encode_server.models.prepared import Prepared
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+    from torch import nn
+
+Item = Mapping[str, torch.Tensor]
+"""One media item's CPU tensors, as in `Prepared.tensors`; never written to."""
+
+
+class Family(ABC):
+    """An architecture's weights, parallel plan, forward and preprocessing. One instance per process and checkpoint."""
+
+    weights: ClassVar[re.Pattern[str]]
+    """Matches the checkpoint keys of the encoder; what precedes the group `name`, if it has one, is stripped."""
+
+    plan: ClassVar[Plan]
+    """What tensor parallelism does to the modules of the model `load` builds."""
+
+    variable_pixels: ClassVar[bool] = True
+    """Whether `min_pixels` and `max_pixels` mean something: false for towers of one fixed size."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    # What ranks call.
+
+    def rename(self, key: str) -> str | None:
+        """The model's name of a checkpoint key (before transformers' own conversion), None for what isn't read."""
+        found = self.weights.match(key)
+        if found is None:
+            return None
+        return key[found.start("name") :] if "name" in self.weights.groupindex else key
+
+    def required(self, key: str) -> bool:
+        """Whether the parameter `key` of the model must come from the checkpoint."""
+        return True
+
+    @abstractmethod
+    def model_class(self) -> tuple[Any, Any]:
+        """transformers' model class and its configuration, the language model reduced to nothing."""
+
+    @abstractmethod
+    def dims(self, model: nn.Module) -> dict[Modality, int]:
+        """Embedding width per modality."""
+
+    @abstractmethod
+    def forward(
+        self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
+    ) -> list[torch.Tensor]:
+        """Encode a batch: one [tokens, dim] tensor per item, on `device`."""
+
+    # What the front calls. `options` are keyword arguments for the checkpoint's own processor.
+
+    def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
+        """One RGB picture, through the checkpoint's image processor."""
+        raise NotImplementedError
+
+    def prepare_video(
+        self, processor: Any, frames: npt.NDArray[np.uint8], metadata: Any, options: Mapping[str, Any]
+    ) -> Prepared:
+        """Chosen frames [n, height, width, 3], through the checkpoint's video processor.
+
+        `metadata`: transformers' VideoMetadata, with the frames' indices in the whole video.
+        """
+        raise NotImplementedError
+
+    def prepare_audio(self, extractor: Any, samples: npt.NDArray[np.float32]) -> Prepared:
+        """Mono samples at the extractor's rate, through the checkpoint's feature extractor."""
+        raise NotImplementedError
+
+
+def gather(items: Sequence[Item], name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The items' tensors called `name`, concatenated along dim 0 on `device` in `dtype`."""
+    parts = [item[name].to(device, non_blocking=True) for item in items]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+def without_language_model(config: Any) -> Any:
+    """`config` with a text part that has no layers and one token, so that building the model costs nothing for it."""
+    text = config.text_config
+    text.num_hidden_layers = 0
+    text.layer_types = []
+    text.vocab_size = 1
+    text.pad_token_id = None
+    return config

@@ -1,0 +1,124 @@
+"""Image towers that stand alone: SigLIP, CLIP, DINOv2. The embedding is the encoder's last hidden state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+
+from encode_server.modality import Modality
+from encode_server.models.families.base import Family, Item
+from encode_server.models.families.whisper import stack
+from encode_server.models.parallel import Plan, Style
+from encode_server.models.prepared import Prepared
+
+
+class ImageTower(Family):
+    """A vision transformer over pictures of the size its image processor makes."""
+
+    variable_pixels = False
+    class_tokens = 1
+
+    def dims(self, model: Any) -> dict[Modality, int]:
+        return {Modality.IMAGE: int(model.config.hidden_size)}
+
+    def forward(
+        self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
+    ) -> list[torch.Tensor]:
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, item in enumerate(items):
+            by_shape.setdefault(item["pixel_values"].shape, []).append(index)
+        embeddings: dict[int, torch.Tensor] = {}
+        for indices in by_shape.values():
+            pixels = stack([items[index] for index in indices], "pixel_values", device, model.dtype)
+            hidden = model(pixels, return_dict=True).last_hidden_state
+            embeddings.update(zip(indices, hidden, strict=True))
+        return [embeddings[index] for index in range(len(items))]
+
+    def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
+        pixels = processor(images=[image], return_tensors="pt", **options)["pixel_values"][0].contiguous()
+        height, width = pixels.shape[-2:]
+        patch = self.patch_size()
+        tokens = self.class_tokens + (height // patch) * (width // patch)
+        return Prepared(tensors={"pixel_values": pixels}, tokens=tokens, cost=tokens, segment=tokens)
+
+    def patch_size(self) -> int:
+        """Pixels along a patch's side."""
+        return int(self.config().patch_size)
+
+    def config(self) -> Any:
+        """transformers' configuration of the vision tower."""
+        raise NotImplementedError
+
+    def vision_part(self) -> dict[str, Any]:
+        """config.json of the tower: a part of a full model's, or the whole of a vision checkpoint's."""
+        config = self.checkpoint.config
+        return dict(config.get("vision_config", config))
+
+
+class Clip(ImageTower):
+    """CLIP's vision tower. Its last hidden state is the one before the post layer norm, as transformers returns it."""
+
+    weights = re.compile(r"(vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm)\.")
+    plan: ClassVar[Plan] = {
+        r".*layers\.\d+\.self_attn": Style.HEADS,
+        r".*layers\.\d+\.self_attn\.(q|k|v)_proj": Style.COLUMN,
+        r".*layers\.\d+\.self_attn\.out_proj": Style.ROW,
+        r".*layers\.\d+\.mlp\.fc1": Style.COLUMN,
+        r".*layers\.\d+\.mlp\.fc2": Style.ROW,
+    }
+
+    def config(self) -> Any:
+        from transformers.models.clip.configuration_clip import CLIPVisionConfig
+
+        return CLIPVisionConfig.from_dict(self.vision_part())
+
+    def model_class(self) -> tuple[Any, Any]:
+        from transformers.models.clip.modeling_clip import CLIPVisionModel
+
+        return CLIPVisionModel, self.config()
+
+
+class Siglip(ImageTower):
+    """SigLIP's vision tower without the pooling head, which the last hidden state doesn't pass through."""
+
+    class_tokens = 0
+    weights = re.compile(r"(vision_model\.)?(embeddings|encoder|post_layernorm)\.")
+    plan = Clip.plan
+
+    def config(self) -> Any:
+        from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
+
+        return SiglipVisionConfig.from_dict(self.vision_part() | {"vision_use_head": False})
+
+    def model_class(self) -> tuple[Any, Any]:
+        from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+        return SiglipVisionModel, self.config()
+
+
+class Dinov2(ImageTower):
+    """DINOv2's backbone, from a checkpoint of its own or of a classifier."""
+
+    weights = re.compile(r"(dinov2\.)?(?P<name>(embeddings|encoder|layers|layernorm)\.)")
+    # both transformers' names before and after its vision refactor
+    plan: ClassVar[Plan] = {
+        r".*layers?\.\d+\.attention(\.attention)?": Style.HEADS,
+        r".*layers?\.\d+\.attention\.(attention\.(query|key|value)|[qkv]_proj)": Style.COLUMN,
+        r".*layers?\.\d+\.attention\.(output\.dense|o_proj)": Style.ROW,
+        r".*layers?\.\d+\.mlp\.(fc1|gate_proj|up_proj)": Style.COLUMN,
+        r".*layers?\.\d+\.mlp\.(fc2|down_proj)": Style.ROW,
+    }
+
+    def config(self) -> Any:
+        from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
+
+        return Dinov2Config.from_dict(dict(self.checkpoint.config))
+
+    def model_class(self) -> tuple[Any, Any]:
+        from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
+
+        return Dinov2Model, self.config()

@@ -1,0 +1,75 @@
+"""Whisper's encoder, and what the audio towers that descend from it share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from encode_server.modality import Modality
+from encode_server.models.families.base import Family, Item
+from encode_server.models.parallel import Plan, Style
+from encode_server.models.prepared import Prepared
+
+ENCODER_PLAN: Plan = {
+    r"layers\.\d+\.self_attn": Style.HEADS,
+    r"layers\.\d+\.self_attn\.(q|k|v)_proj": Style.COLUMN,
+    r"layers\.\d+\.self_attn\.out_proj": Style.ROW,
+    r"layers\.\d+\.fc1": Style.COLUMN,
+    r"layers\.\d+\.fc2": Style.ROW,
+}
+
+
+class Whisper(Family):
+    """The encoder alone: its last hidden state over the 30 s window the extractor pads or cuts to."""
+
+    weights = re.compile(r"(model\.)?encoder\.(?P<name>)")
+    plan = ENCODER_PLAN
+
+    def model_class(self) -> tuple[Any, Any]:
+        from transformers.models.whisper.modeling_whisper import WhisperConfig, WhisperEncoder
+
+        return WhisperEncoder, WhisperConfig.from_dict(dict(self.checkpoint.config))
+
+    def dims(self, model: Any) -> dict[Modality, int]:
+        return {Modality.AUDIO: int(model.config.d_model)}
+
+    def forward(
+        self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
+    ) -> list[torch.Tensor]:
+        features = stack(items, "input_features", device, model.dtype)
+        return list(model(features, return_dict=True).last_hidden_state)
+
+    def prepare_audio(self, extractor: Any, samples: npt.NDArray[np.float32]) -> Prepared:
+        output = extractor(
+            samples, sampling_rate=extractor.sampling_rate, return_attention_mask=True, return_tensors="pt"
+        )
+        features = output["input_features"][0].contiguous()
+        frames = features.shape[1]
+        return Prepared(
+            tensors={"input_features": features},
+            tokens=(frames - 1) // 2 + 1,
+            cost=frames,
+            segment=frames,
+            extra={"mel_frames": int(output["attention_mask"][0].sum())},
+        )
+
+
+def stack(items: Sequence[Item], name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The items' tensors called `name`, all of one shape, as one batch."""
+    return torch.stack([item[name].to(device, non_blocking=True) for item in items]).to(dtype)
+
+
+def pooled_length(frames: int) -> int:
+    """Tokens of `frames` mel frames after the convolution and the pooling, each of stride 2: transformers'
+    `_get_feat_extract_output_lengths`."""
+    return (((frames - 1) // 2 + 1) - 2) // 2 + 1
+
+
+def pad_to_one_token(samples: npt.NDArray[np.float32], extractor: Any) -> npt.NDArray[np.float32]:
+    """`samples`, followed by silence if they are too short (below 3 mel frames, 30 ms) to give a single token."""
+    return np.pad(samples, (0, max(0, 3 * int(extractor.hop_length) - len(samples))))

@@ -1,0 +1,206 @@
+"""Media bytes to tensors: decode, choose frames, and run the checkpoint's own processors. Safe from many threads."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from encode_server.errors import BadMedia, BadRequest, StartupError, TooLarge, UnsupportedModality
+from encode_server.media.limits import MediaLimits
+from encode_server.media.video import VideoInfo
+from encode_server.modality import Modality
+from encode_server.models.checkpoint import Checkpoint
+from encode_server.models.families import family_of
+from encode_server.models.prepared import ItemOptions, Prepared
+from encode_server.models.probes import probe_media
+from encode_server.models.registry import check_supported
+
+
+class Preprocessor:
+    """Decodes and preprocesses single items as the checkpoint's own processors define it.
+
+    `modalities`: what the model has an encoder for.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, limits: MediaLimits) -> None:
+        """Load the processors of the checkpoint's modalities; `limits` bound every item.
+
+        Raises:
+            StartupError: a processor's configuration is missing or unreadable.
+        """
+        self.modalities = check_supported(checkpoint).modalities
+        self._family = family_of(checkpoint)
+        self._limits = limits
+        self._processors = {modality: _load_processor(checkpoint, modality) for modality in sorted(self.modalities)}
+
+    def prepare(self, modality: Modality, data: bytes, options: ItemOptions | None = None) -> Prepared:
+        """Preprocess one item from its encoded bytes.
+
+        Raises:
+            UnsupportedModality: the model has no encoder for it.
+            BadRequest: options that contradict each other, the model or the media.
+            BadMedia: the bytes cannot be decoded, or the processor refuses what they hold.
+            TooLarge: beyond a limit.
+        """
+        if modality not in self.modalities:
+            has = ", ".join(sorted(self.modalities))
+            raise UnsupportedModality(f"this model does not encode {modality}; it encodes {has}")
+        options = options or ItemOptions()
+        _check(options)
+        if modality is Modality.IMAGE:
+            return self._image(data, options)
+        return self._video(data, options) if modality is Modality.VIDEO else self._audio(data)
+
+    def probe(self, modality: Modality) -> bytes:
+        """Tiny valid media for a health probe (`probes.probe_media`); every family makes at least one token of it."""
+        return probe_media(modality)
+
+    def _image(self, data: bytes, options: ItemOptions) -> Prepared:
+        from encode_server.media.image import decode_image
+
+        image = decode_image(data, self._limits)
+        processor = self._processors[Modality.IMAGE]
+        sizing = self._sizing(processor, options)
+        try:
+            return self._family.prepare_image(processor, image, sizing)
+        except ValueError as error:
+            raise BadMedia(f"the image cannot be preprocessed: {_line(error)}") from error
+
+    def _audio(self, data: bytes) -> Prepared:
+        from encode_server.media.audio import decode_audio
+
+        extractor = self._processors[Modality.AUDIO]
+        samples = decode_audio(data, int(extractor.sampling_rate), self._limits)
+        try:
+            return self._family.prepare_audio(extractor, samples)
+        except ValueError as error:
+            raise BadMedia(f"the audio cannot be preprocessed: {_line(error)}") from error
+
+    def _video(self, data: bytes, options: ItemOptions) -> Prepared:
+        from transformers.video_utils import VideoMetadata
+
+        from encode_server.media.video import decode_video
+
+        processor = self._processors[Modality.VIDEO]
+        sizing = self._sizing(processor, options)
+        sampler = _with_frame_options(processor, options)
+        metadata = VideoMetadata(total_num_frames=0)
+
+        def choose(info: VideoInfo) -> Sequence[int]:
+            nonlocal metadata
+            metadata = VideoMetadata(
+                total_num_frames=info.total_num_frames,
+                fps=info.fps,
+                width=info.width,
+                height=info.height,
+                duration=info.duration,
+                video_backend="pyav",
+            )
+            indices = _choose(sampler, metadata, options)
+            metadata.frames_indices = indices
+            if options.min_pixels and options.min_pixels * len(indices) > self._limits.max_decoded_bytes:
+                raise TooLarge(f"min_pixels {options.min_pixels} is too large for {len(indices)} frames")
+            return indices
+
+        frames, _ = decode_video(data, choose, self._limits)
+        try:
+            return self._family.prepare_video(processor, frames, metadata, sizing)
+        except ValueError as error:
+            raise BadMedia(f"the video cannot be preprocessed: {_line(error)}") from error
+
+    def _sizing(self, processor: Any, options: ItemOptions) -> dict[str, Any]:
+        """The processor's `size` argument for this call; a bound that isn't given gives way to one that is."""
+        low, high = options.min_pixels, options.max_pixels
+        if low is None and high is None:
+            return {}
+        if not self._family.variable_pixels:
+            raise BadRequest("min_pixels and max_pixels do not apply: this model's pictures have one fixed size")
+        if low is not None and low > self._limits.max_pixels:
+            raise TooLarge(f"min_pixels {low} is above the limit of {self._limits.max_pixels} pixels")
+        if low is None:
+            low = min(int(processor.size["shortest_edge"]), high) if high is not None else None
+        if high is None:
+            high = max(int(processor.size["longest_edge"]), low) if low is not None else None
+        return {"size": {"shortest_edge": low, "longest_edge": high}}
+
+
+def _load_processor(checkpoint: Checkpoint, modality: Modality) -> Any:
+    if modality is Modality.IMAGE:
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor as Auto
+    elif modality is Modality.VIDEO:
+        from transformers.models.auto.video_processing_auto import AutoVideoProcessor as Auto
+    else:
+        from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor as Auto
+    try:
+        return Auto.from_pretrained(str(checkpoint.path), local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise StartupError(
+            f"model {checkpoint.name!r}: its {modality} processor cannot be loaded: {_line(error)}"
+        ) from error
+
+
+def _check(options: ItemOptions) -> None:
+    for name in ("min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames"):
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise BadRequest(f"{name} must be above 0, got {value}")
+    if options.fps is not None and options.num_frames is not None:
+        raise BadRequest("fps and num_frames exclude each other")
+    for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
+        least, most = getattr(options, low), getattr(options, high)
+        if least is not None and most is not None and least > most:
+            raise BadRequest(f"{low} {least} is above {high} {most}")
+
+
+def _with_frame_options(processor: Any, options: ItemOptions) -> Any:
+    """A shallow copy of the video processor with this call's frame options, the shared one left as it is.
+
+    `sample_frames` of some processors reads them from the object only.
+    """
+    given: Mapping[str, Any] = {
+        name: value
+        for name in ("fps", "num_frames", "min_frames", "max_frames")
+        if (value := getattr(options, name)) is not None
+    }
+    if not given:
+        return processor
+    sampler = copy.copy(processor)
+    if "fps" in given or "num_frames" in given:
+        sampler.fps = sampler.num_frames = None
+        sampler.do_sample_frames = True
+    for name, value in given.items():
+        setattr(sampler, name, value)
+    if options.min_frames is not None:
+        sampler.max_frames = max(sampler.max_frames or 0, options.min_frames)
+    if options.max_frames is not None:
+        sampler.min_frames = min(sampler.min_frames or 0, options.max_frames)
+    return sampler
+
+
+def _choose(sampler: Any, metadata: Any, options: ItemOptions) -> list[int]:
+    """Indices of the frames to decode, by the processor's own `sample_frames`.
+
+    A processor that doesn't sample takes every frame, or an even choice of `max_frames` where the request gives it; a
+    clip of fewer frames than one temporal patch is taken whole, because `sample_frames` can't choose from it.
+    """
+    total = int(metadata.total_num_frames)
+    sampled = sampler.do_sample_frames and (sampler.fps or sampler.num_frames)
+    count = None
+    if not sampled and options.max_frames is not None and options.max_frames < total:
+        count = options.max_frames
+    if total < int(sampler.temporal_patch_size) or not (sampled or count):
+        return list(range(total))
+    try:
+        chosen = sampler.sample_frames(metadata, num_frames=count) if count else sampler.sample_frames(metadata)
+    except (ValueError, ZeroDivisionError, TypeError) as error:
+        raise BadRequest(f"no frames can be chosen from {total} with these options: {_line(error)}") from error
+    indices = [min(int(index), total - 1) for index in chosen]
+    if not indices:
+        raise BadRequest(f"these options choose no frame of {total}")
+    return indices
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

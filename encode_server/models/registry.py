@@ -1,0 +1,150 @@
+"""The architectures this server encodes with, and what config.json alone says of them. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from encode_server.errors import StartupError
+from encode_server.modality import Modality
+from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Where config.json describes a tower: keys leading to it, and the key of its attention heads with the default
+    that the architecture's config class has (released files leave defaults out)."""
+
+    path: tuple[str, ...]
+    heads: str
+    default_heads: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `model_type`: the `module:Class` under `families` that handles it, its modalities, its towers by name."""
+
+    family: str
+    modalities: frozenset[Modality]
+    towers: Mapping[str, Tower]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is known before anything is loaded. `heads`: attention heads per tower. `dtype`: the checkpoint's, in
+    torch's name (`bfloat16`)."""
+
+    model_type: str
+    modalities: frozenset[Modality]
+    heads: dict[str, int]
+    dtype: str
+
+
+_SEEN = frozenset({Modality.IMAGE, Modality.VIDEO})
+_HEARD = frozenset({Modality.AUDIO})
+_STILL = frozenset({Modality.IMAGE})
+_QWEN_VISION = {"vision": Tower(("vision_config",), "num_heads", 16)}
+
+
+def _omni(*path: str) -> dict[str, Tower]:
+    return {
+        "vision": Tower((*path, "vision_config"), "num_heads", 16),
+        "audio": Tower((*path, "audio_config"), "encoder_attention_heads", 20),
+    }
+
+
+def _vision(*path: str) -> dict[str, Tower]:
+    return {"vision": Tower(path, "num_attention_heads", 12)}
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "qwen2_vl": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
+    "qwen2_5_vl": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
+    "qwen3_vl": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
+    "qwen3_vl_moe": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
+    "qwen2_5_omni": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni("thinker_config")),
+    "qwen2_5_omni_thinker": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni()),
+    "qwen2_audio": Architecture(
+        "qwen_audio:QwenAudio", _HEARD, {"audio": Tower(("audio_config",), "encoder_attention_heads", 20)}
+    ),
+    "whisper": Architecture("whisper:Whisper", _HEARD, {"audio": Tower((), "encoder_attention_heads", 6)}),
+    "siglip": Architecture("image_towers:Siglip", _STILL, _vision("vision_config")),
+    "siglip_vision_model": Architecture("image_towers:Siglip", _STILL, _vision()),
+    "clip": Architecture("image_towers:Clip", _STILL, _vision("vision_config")),
+    "clip_vision_model": Architecture("image_towers:Clip", _STILL, _vision()),
+    "dinov2": Architecture("image_towers:Dinov2", _STILL, _vision()),
+}
+
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def check_supported(checkpoint: Checkpoint) -> Architecture:
+    """The architecture of a checkpoint.
+
+    Raises:
+        StartupError: this server has no family for it; the message lists those it has.
+    """
+    architecture = ARCHITECTURES.get(checkpoint.model_type)
+    if architecture is None:
+        raise StartupError(
+            f"model {checkpoint.name!r}: model_type {checkpoint.model_type!r} is not supported; "
+            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    return architecture
+
+
+def summarize(checkpoint: Checkpoint) -> Summary:
+    """What the configuration says of the encoder, without loading it.
+
+    Raises:
+        StartupError: unsupported architecture, or a configuration that lacks a tower.
+    """
+    architecture = check_supported(checkpoint)
+    heads = {}
+    for name, tower in architecture.towers.items():
+        config = _at(checkpoint, tower.path)
+        value = config.get(tower.heads, tower.default_heads)
+        if not isinstance(value, int) or value < 1:
+            raise StartupError(f"model {checkpoint.name!r}: {tower.heads} of the {name} tower is {value!r}")
+        heads[name] = value
+    return Summary(
+        model_type=checkpoint.model_type,
+        modalities=architecture.modalities,
+        heads=heads,
+        dtype=_dtype(checkpoint, architecture),
+    )
+
+
+def check_tp(summary: Summary, tp: int) -> None:
+    """Check that `tp` ranks can share the attention heads evenly. MLP widths may be uneven: shards then differ by one.
+
+    Raises:
+        StartupError: a tower's heads cannot be divided by `tp`.
+    """
+    if tp < 1:
+        raise StartupError(f"tp must be at least 1, got {tp}")
+    for name, heads in summary.heads.items():
+        if heads % tp:
+            raise StartupError(f"tp {tp} does not divide the {heads} attention heads of the {name} tower")
+
+
+def _at(checkpoint: Checkpoint, path: tuple[str, ...]) -> Mapping[str, Any]:
+    config: Any = checkpoint.config
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    if not isinstance(config, Mapping):
+        raise StartupError(f"model {checkpoint.name!r}: config.json has no {'.'.join(path)}")
+    return config
+
+
+def _dtype(checkpoint: Checkpoint, architecture: Architecture) -> str:
+    for path in [(), *(tower.path[:depth] for tower in architecture.towers.values() for depth in (1, 2))]:
+        config = _at(checkpoint, path)
+        named = config.get("dtype") or config.get("torch_dtype")
+        if isinstance(named, str):
+            return named.removeprefix("torch.")
+    for _, stored in tensor_dtypes(weight_files(checkpoint)[0]):
+        if stored in _SAFETENSORS_DTYPES:
+            return _SAFETENSORS_DTYPES[stored]
+    return "float32"

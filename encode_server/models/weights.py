@@ -1,0 +1,87 @@
+"""Encoder-only loading: the tensors a family asks for, read lazily, by transformers' own loading and key conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from encode_server.errors import StartupError
+from encode_server.models.checkpoint import Checkpoint, weight_files
+
+
+@contextmanager
+def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Iterator[dict[str, Any]]:
+    """Safetensors slices by their new name, for every key that `rename` doesn't answer with None.
+
+    A slice reads its bytes when transformers indexes it; what isn't selected is never touched. Valid inside the block.
+
+    Raises:
+        StartupError: a shard is unreadable, or holds nothing that is wanted anywhere.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    selected: dict[str, Any] = {}
+    with ExitStack() as opened:
+        for file in weight_files(checkpoint):
+            try:
+                shard = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
+            except (OSError, SafetensorError) as error:
+                raise StartupError(f"model {checkpoint.name!r}: {file.name} is not readable: {error}") from error
+            for key in shard.keys():  # noqa: SIM118 - not a mapping
+                if (name := rename(key)) is not None:
+                    selected[name] = shard.get_slice(key)
+        if not selected:
+            raise StartupError(f"model {checkpoint.name!r}: its safetensors hold no encoder weights")
+        yield selected
+
+
+def load_model(
+    model_class: Any,
+    config: Any,
+    checkpoint: Checkpoint,
+    *,
+    rename: Callable[[str], str | None],
+    required: Callable[[str], bool],
+    dtype: torch.dtype,
+) -> nn.Module:
+    """An evaluation-mode model on the CPU whose `required` parameters all come from the checkpoint.
+
+    Others (what is left of a language model of no layers) keep whatever transformers initialises them to.
+
+    Raises:
+        StartupError: encoder tensors are missing or have another shape than the configuration says.
+    """
+    with selected_tensors(checkpoint, rename) as tensors, quiet():
+        try:
+            model, report = model_class.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+            )
+        except (RuntimeError, ValueError) as error:
+            line = str(error).strip().split("\n", 1)[0]
+            raise StartupError(f"model {checkpoint.name!r} does not match its config.json: {line}") from error
+    missing = sorted(key for key in report["missing_keys"] if required(key))
+    if missing:
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise StartupError(f"model {checkpoint.name!r} lacks {len(missing)} encoder tensors: {shown}")
+    assert isinstance(model, nn.Module)
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its report of the language model's absence."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
