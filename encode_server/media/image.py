@@ -13,7 +13,7 @@ from encode_server.media.limits import MediaLimits
 # Raster formats decoded in this process. Left out: EPS (runs Ghostscript), WMF, PSD, and containers such as ICO whose
 # inner pictures are larger than their header says.
 FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PCX"),
+    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX"),
     *("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
 )
 
