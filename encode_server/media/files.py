@@ -41,7 +41,11 @@ class FileRoots:
         beyond `limits.max_bytes`. No message holds a path.
         """
         path = _path(text)
-        real = os.path.realpath(path)
+        try:
+            real = os.path.realpath(path)
+        except OSError as error:
+            # A link that was replaced while it was looked at.
+            raise BadMedia("the file cannot be read") from error
         for root in self._roots:
             if os.path.commonpath((root, real)) == root and real != root:
                 return _read(root, os.path.relpath(real, root), limits)
@@ -57,7 +61,8 @@ def _path(text: str) -> str:
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
             raise BadMedia("the file URL is malformed, expected file:///path")
         text = unquote(parts.path)
-    if not text.startswith("/") or "\0" in text:
+    # A lone surrogate can't be part of a file's name.
+    if not text.startswith("/") or "\0" in text or not text.isprintable():
         raise BadMedia("the file URL is malformed, expected file:///path")
     return text
 
@@ -65,19 +70,25 @@ def _path(text: str) -> str:
 def _read(root: str, relative: str, limits: MediaLimits) -> bytes:
     try:
         descriptor = _open_below(root, relative.split("/"))
+        try:
+            return _read_all(descriptor, limits)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise BadMedia("the file cannot be read") from error
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode):
-            raise Forbidden("only regular files can be read")
-        limits.check_bytes(about.st_size)
-        parts: list[bytes] = []
-        size = 0
-        while part := file.read(_READ):
-            size += len(part)
-            limits.check_bytes(size)
-            parts.append(part)
+
+
+def _read_all(descriptor: int, limits: MediaLimits) -> bytes:
+    about = os.fstat(descriptor)
+    if not stat.S_ISREG(about.st_mode):
+        raise Forbidden("only regular files can be read")
+    limits.check_bytes(about.st_size)
+    parts: list[bytes] = []
+    size = 0
+    while part := os.read(descriptor, _READ):
+        size += len(part)
+        limits.check_bytes(size)
+        parts.append(part)
     if not size:
         raise BadMedia("the file is empty")
     return b"".join(parts)

@@ -13,8 +13,9 @@ from encode_server.media.limits import MediaLimits
 # Raster formats decoded in this process. Left out: EPS (runs Ghostscript), WMF, PSD, and containers such as ICO whose
 # inner pictures are larger than their header says.
 FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX"),
-    *("PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI", "PCX", "SGI"),
+    # Has no signature, so it comes last.
+    "TGA",
 )
 
 # A progressive JPEG may rewrite the whole picture in each of thousands of scans; encoders make about ten.

@@ -79,5 +79,8 @@ def _percent(text: str, start: int) -> Iterator[bytes]:
         # An escape is three characters; don't cut one.
         cut = text.rfind("%", end - 2, end)
         end = cut if cut > start and end < len(text) else end
-        yield unquote_to_bytes(text[start:end])
+        try:
+            yield unquote_to_bytes(text[start:end])
+        except UnicodeError as error:
+            raise BadMedia("the data URI holds characters that belong to no text") from error
         start = end

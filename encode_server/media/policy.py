@@ -89,7 +89,7 @@ class UrlPolicy:
 
 def refusal(host: str) -> Forbidden:
     """The error for a host that is not allowed. It tells nothing of what the name resolved to."""
-    return Forbidden(f"this server's options do not allow media from the host {host[:255]!r}")
+    return Forbidden(f"this server's options do not allow media from the host {host!r}")
 
 
 def _normal(host: str) -> str:

@@ -45,7 +45,9 @@ class WebFetcher:
         *,
         resolve: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
+        network: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
+        """`resolve`, `ssl_context` and `network` replace the system's name resolution, certificates and sockets."""
         self._policy = policy
         self._limits = limits
         # Its own threads: a name server that doesn't answer must hold up neither decodes nor deliveries.
@@ -55,7 +57,7 @@ class WebFetcher:
             max_connections=None,
             max_keepalive_connections=32,
             keepalive_expiry=10.0,
-            network_backend=_VettedNetwork(policy, resolve or self._resolve),
+            network_backend=_VettedNetwork(policy, resolve or self._resolve, network or httpcore.AnyIOBackend()),
         )
 
     async def get(self, text: str) -> list[bytes]:
@@ -65,11 +67,11 @@ class WebFetcher:
         `limits.max_bytes`, `BadMedia` for all else that keeps it from arriving within `limits.fetch_seconds`.
         """
         url = _parse(text)
-        host = url.host[:255]
+        host = url.host
         try:
             async with asyncio.timeout(self._limits.fetch_seconds):
                 for _ in range(self._limits.redirects + 1):
-                    host = url.host[:255]
+                    host = url.host
                     answer = await self._get_once(url)
                     if not isinstance(answer, httpx.URL):
                         return answer
@@ -107,9 +109,9 @@ class WebFetcher:
             if response.status in _REDIRECTS and b"location" in headers:
                 return _parse(headers[b"location"].decode("latin-1"), base=url)
             if response.status != 200:
-                raise BadMedia(f"the host {url.host[:255]!r} answered {response.status}, expected 200")
+                raise BadMedia(f"the host {url.host!r} answered {response.status}, expected 200")
             if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):
-                raise BadMedia(f"the host {url.host[:255]!r} sent a compressed body, expected the media as they are")
+                raise BadMedia(f"the host {url.host!r} sent a compressed body, expected the media as they are")
             return await self._body(response, headers.get(b"content-length", b""))
 
     async def _body(self, response: httpcore.Response, declared: bytes) -> list[bytes]:
@@ -139,10 +141,10 @@ class WebFetcher:
 class _VettedNetwork(httpcore.AsyncNetworkBackend):
     """Connects to addresses that the policy allows for the host, and to nothing else."""
 
-    def __init__(self, policy: UrlPolicy, resolve: Resolver) -> None:
+    def __init__(self, policy: UrlPolicy, resolve: Resolver, network: httpcore.AsyncNetworkBackend) -> None:
         self._policy = policy
         self._resolve = resolve
-        self._network = httpcore.AnyIOBackend()
+        self._network = network
 
     async def connect_tcp(
         self,
@@ -169,7 +171,7 @@ class _VettedNetwork(httpcore.AsyncNetworkBackend):
         try:
             found = [parse_address(text) for text in await self._resolve(host, port)]
         except (OSError, UnicodeError) as error:
-            raise BadMedia(f"the host {host[:255]!r} cannot be found") from error
+            raise BadMedia(f"the host {host!r} cannot be found") from error
         except ValueError as error:
             # A link-local address with its scope.
             raise refusal(host) from error
@@ -187,7 +189,7 @@ def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
         raise BadMedia("the URL is malformed") from error
     if url.scheme not in ("http", "https"):
         raise BadMedia("the URL redirects to another scheme, expected http or https")
-    if not host or not 0 < port < 65536 or not all(mark.isalnum() or mark in "-._:" for mark in host):
+    if not 0 < len(host) < 255 or not 0 < port < 65536 or not all(mark.isalnum() or mark in "-._:" for mark in host):
         raise BadMedia("the URL has no valid host")
     if url.userinfo:
         raise BadMedia("the URL holds a user name or password, expected none")
