@@ -16,7 +16,7 @@ from encode_server.models.attention import Segments
 from encode_server.models.families.base import Item, without_language_model
 from encode_server.models.families.qwen_vl import VISION_PLAN, QwenVision, vision_dim
 from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token, pooled_length
-from encode_server.models.parallel import Plan
+from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
 
 
@@ -26,6 +26,7 @@ class QwenOmni(QwenVision):
     weights = re.compile(r"(thinker\.)?(?P<name>(model\.)?(visual|audio_tower)\.)")
     plan: ClassVar[Plan] = {
         **VISION_PLAN,
+        r".*visual\.blocks\.\d+\.attn\.(q|k|v)": Style.COLUMN,
         **{rf".*audio_tower\.{pattern}": style for pattern, style in ENCODER_PLAN.items()},
     }
 

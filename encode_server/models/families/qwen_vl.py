@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,13 @@ from encode_server.models.prepared import Prepared
 
 VISION_PLAN: Plan = {
     r".*visual\.blocks\.\d+\.attn": Style.HEADS,
-    r".*visual\.blocks\.\d+\.attn\.qkv": Style.FUSED_QKV,
     r".*visual\.blocks\.\d+\.attn\.proj": Style.ROW,
     r".*visual\.blocks\.\d+\.mlp\.(gate_proj|up_proj|fc1|linear_fc1)": Style.COLUMN,
     r".*visual\.blocks\.\d+\.mlp\.(down_proj|fc2|linear_fc2)": Style.ROW,
     r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.0|linear_fc1)": Style.COLUMN,
     r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.2|linear_fc2)": Style.ROW,
 }
+"""All but q, k and v, which the VL models fuse and Omni doesn't."""
 
 
 class QwenVision(Family):
@@ -76,7 +76,11 @@ class QwenVision(Family):
         grid_thw = torch.tensor(grids)  # on the CPU: only split sizes are taken from it
         features = model.get_image_features if modality is Modality.IMAGE else model.get_video_features
         output = features(pixels, grid_thw, return_dict=True, **layout)
-        levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+        counts = [len(part) for part in output.pooler_output]
+        levels = [output.pooler_output]
+        for level in getattr(output, "deepstack_features", None) or ():
+            # transformers before 5.18 leaves these unsplit
+            levels.append(level.split(counts) if isinstance(level, torch.Tensor) else level)
         return [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] for parts in zip(*levels, strict=True)]
 
 
@@ -84,7 +88,7 @@ class QwenVL(QwenVision):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and mixture of experts)."""
 
     weights = re.compile(r"(model\.)?visual\.")
-    plan = VISION_PLAN
+    plan: ClassVar[Plan] = {**VISION_PLAN, r".*visual\.blocks\.\d+\.attn\.qkv": Style.FUSED_QKV}
 
     def required(self, key: str) -> bool:
         return "visual." in key
