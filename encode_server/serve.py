@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from collections.abc import Generator
 
 import uvicorn
@@ -18,6 +19,8 @@ from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
+
+SAME_SIGNAL_S = 0.5  # one Ctrl-C or kill often arrives twice: from the terminal and from the process that started us
 
 
 class _Uvicorn(uvicorn.Server):
@@ -61,9 +64,17 @@ def serve(settings: Settings) -> int:
 
 
 async def _until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:
+    first: float | None = None
+
     def leave() -> None:
-        server.force_exit = server.should_exit  # the second one
-        server.should_exit = True
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            server.should_exit = True
+        elif time.monotonic() - first > SAME_SIGNAL_S:
+            log.warning("a second signal: leaving at once")
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would show the cancelled lifespan
+            server.force_exit = True
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, leave)

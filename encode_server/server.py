@@ -67,6 +67,7 @@ class Server:
         self.pipeline: Pipeline
         self.pusher: Pusher
         self._health: HealthProbe | None = None
+        self._warm = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, on_fatal: Callable[[str], None]) -> None:
@@ -109,8 +110,8 @@ class Server:
             return self.fatal
         if not self._engine.ready:
             return f"the encoder is {self._engine.state}"
-        if self._health is None:
-            return "the processors are loading"
+        if not self._warm:
+            return "the encoder is warming up" if self._health else "the processors are loading"
         return None
 
     async def health(self) -> Verdict:
@@ -159,6 +160,16 @@ class Server:
             metrics=self.metrics,
         )
         self._health = HealthProbe(self.pipeline, self._engine, self._batcher, media, self.settings.stall_s)
+        await self._warm_up(self._health)
+
+    async def _warm_up(self, health: HealthProbe) -> None:
+        """Take requests once every modality has been encoded: that also creates communicators and compiles kernels."""
+        await self._engine.wait_ready()
+        while not (verdict := await health.check()).healthy:
+            log.warning("not ready yet: %s", verdict.document["reason"])
+            await asyncio.sleep(0.5)
+        self._warm = True
+        log.info("ready for requests")
 
     def _build_preprocessor(self):  # type: ignore[no-untyped-def]
         import torch

@@ -124,5 +124,7 @@ def _complaint(error: Any, given: Mapping[str, Any]) -> str:
     where = option_name(field) if field in given else variable_name(field)
     if error["type"] == "extra_forbidden":
         return f"{where}: there is no such option"
-    takes = error["msg"].removeprefix("Input should be ").removeprefix("a ")
+    kind = str(error["type"]).removesuffix("_parsing").removesuffix("_type")
+    plain = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "text"}
+    takes = plain.get(kind, error["msg"].removeprefix("Input should be "))
     return f"{where}: got {error['input']!r}, takes {takes}"

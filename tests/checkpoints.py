@@ -167,7 +167,7 @@ def _omni(directory: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     _thinker(directory)
-    weights = {f"thinker.{name}": weight for name, weight in load_file(directory / "model.safetensors").items()}
+    weights = {f"thinker.{name}": weight.clone() for name, weight in load_file(directory / "model.safetensors").items()}
     weights["talker.model.embed_tokens.weight"] = torch.zeros(4, 4)
     weights["token2wav.code2wav_dit_model.proj_out.weight"] = torch.zeros(4, 4)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -98,7 +98,7 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The encoder is loaded and has run once for every modality."""
+    """The encoder is loaded."""
 
     rank: int
     info: EncoderInfo

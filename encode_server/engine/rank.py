@@ -115,10 +115,7 @@ def serve(channel: Channel, worker: Worker, rank: int) -> None:
 
 
 def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
-    """Join the group, load the encoder, run it once per modality.
-
-    The warm-up creates the communicators and finds what cannot run before the front says ready.
-    """
+    """Join the group and load the encoder. The front's first health probe warms it up."""
 
     def progress(step: str) -> None:
         channel.send(m.Progress(command.rank, step))
@@ -154,9 +151,6 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         world=command.world,
         trust_remote_code=command.trust_remote_code,
     )
-    progress("warming up")
-    for modality in encoder.info.dims:
-        encoder.forward(modality, encoder.dummy(modality))
     return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), encoder.info
 
 

@@ -18,7 +18,7 @@ from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
 from encode_server.models.parallel import shard
 from encode_server.models.registry import check_tp, summarize
-from encode_server.models.weights import load_model
+from encode_server.models.weights import load_model, quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,7 +58,8 @@ def load_encoder(
     checkpoint = open_directory(Path(path))
     check_tp(summarize(checkpoint), world)
     family = family_of(checkpoint)
-    model_class, config = family.model_class()
+    with quiet():
+        model_class, config = family.model_class()
     model: Any = load_model(
         model_class, config, checkpoint, rename=family.rename, required=family.required, dtype=DTYPES[dtype]
     )

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import Checkpoint, weight_files
+from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
 
 
 @contextmanager
 def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Iterator[dict[str, Any]]:
     """Safetensors slices by their new name, for every key that `rename` doesn't answer with None.
 
-    A slice reads its bytes when transformers indexes it; what isn't selected is never touched. Valid inside the block.
+    A slice reads its bytes when transformers indexes it; what isn't selected is never touched, and a shard that holds
+    nothing wanted isn't opened. Valid inside the block.
 
     Raises:
         StartupError: a shard is unreadable, or holds nothing that is wanted anywhere.
@@ -27,13 +28,14 @@ def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]
     selected: dict[str, Any] = {}
     with ExitStack() as opened:
         for file in weight_files(checkpoint):
+            wanted = {key: name for key, _ in tensor_dtypes(file) if (name := rename(key)) is not None}
+            if not wanted:
+                continue
             try:
                 shard = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
-            except (OSError, SafetensorError) as error:
+                selected.update({name: shard.get_slice(key) for key, name in wanted.items()})
+            except (OSError, RuntimeError, SafetensorError) as error:
                 raise StartupError(f"model {checkpoint.name!r}: {file.name} is not readable: {error}") from error
-            for key in shard.keys():  # noqa: SIM118 - not a mapping
-                if (name := rename(key)) is not None:
-                    selected[name] = shard.get_slice(key)
         if not selected:
             raise StartupError(f"model {checkpoint.name!r}: its safetensors hold no encoder weights")
         yield selected

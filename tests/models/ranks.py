@@ -1,4 +1,4 @@
-"""Real rank processes over gloo: each loads its part of several checkpoints and encodes the inputs it finds in a file."""
+"""Real rank processes over gloo: each loads its part of several checkpoints and encodes the inputs found in a file."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class QwenVision(Family):
         levels = [output.pooler_output]
         for level in getattr(output, "deepstack_features", None) or ():
             # transformers before 5.18 leaves these unsplit
-            levels.append(level.split(counts) if isinstance(level, torch.Tensor) else level)
+            levels.append(torch.split(level, counts) if isinstance(level, torch.Tensor) else level)
         return [torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0] for parts in zip(*levels, strict=True)]
 
 

@@ -1,0 +1,100 @@
+"""Every wrong request gets the documented error, says what was wrong, and harms nobody else."""
+
+import asyncio
+import base64
+
+import httpx
+import pytest
+
+from encode_server.client import EncodeClient, EncodeServerError
+
+
+def post(server, body, **kwargs):
+    return httpx.post(server.base_url + "/encode", json=body, timeout=30, **kwargs)
+
+
+def image_body(png, **fields):
+    return {"mm_items": [base64.b64encode(png).decode()], "modality": "image"} | fields
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "says"),
+    [
+        ({"mm_items": []}, 400, "bad_request", "mm_items"),
+        ({"mm_items": "abc"}, 400, "bad_request", "Expected `array`"),
+        ({"mm_items": [3]}, 400, "bad_request", "mm_items"),
+        ({"mm_items": [{"no_url": 1}]}, 400, "bad_request", "url"),
+        ({"modality": "smell"}, 400, "bad_request", "image, video or audio"),
+        ({"modality": None}, 400, "bad_request", "modality"),
+        ({"num_parts": 0}, 400, "bad_request", "num_parts"),
+        ({"num_parts": 2, "part_idx": 2}, 400, "bad_request", "part_idx is 2"),
+        ({"timeout_s": -1}, 400, "bad_request", "timeout_s"),
+        ({"prefill_host": "127.0.0.1"}, 400, "bad_request", "embedding_port"),
+        ({"prefill_host": "127.0.0.1", "embedding_port": 700000}, 400, "bad_request", "1 to 65535"),
+        ({"prefill_host": "8.8.8.8", "embedding_port": 5000}, 403, "forbidden", "8.8.8.8"),
+        ({"mm_items": ["%%%"]}, 400, "bad_media", "mm_items[0]"),
+        ({"mm_items": [base64.b64encode(b"no picture").decode()]}, 400, "bad_media", "mm_items[0]"),
+        ({"mm_items": ["http://127.0.0.1:9/x.png"]}, 403, "forbidden", "127.0.0.1"),
+        ({"mm_items": ["file:///etc/passwd"]}, 403, "forbidden", "file"),
+        ({"mm_items": [{"url": "AAAA", "content_hash": "sha256:00"}]}, 400, "bad_request", "content_hash"),
+        ({"modality": "image", "mm_items": ["x"] * 300}, 400, "bad_request", "300 items"),
+    ],
+)
+def test_wrong_requests(server, picture, change, status, code, says):
+    answer = post(server, image_body(picture(28, 28), req_id="wrong") | change)
+    document = answer.json()
+    assert (answer.status_code, document["status"], document["code"]) == (status, "error", code), document
+    assert says in document["message"]
+    assert "Traceback" not in document["message"] and "/work" not in document["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"mm_items": ["\\ud800"], "modality": "image"}'])
+def test_bodies_that_are_no_json_request(server, body):
+    answer = httpx.post(server.base_url + "/encode", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["status"] == "error"
+
+
+def test_forms_without_media_say_so(server):
+    answer = httpx.post(server.base_url + "/encode", data={"modality": "image"}, files={"x": (None, "y")})
+    assert answer.status_code == 400 and "no file" in answer.json()["message"]
+
+
+def test_unknown_paths_and_methods_are_ordinary_http_errors(server):
+    assert httpx.get(server.base_url + "/nothing").status_code == 404
+    assert httpx.get(server.base_url + "/encode").status_code == 405
+
+
+def test_one_bad_item_fails_its_own_request_only(server, reference, picture):
+    good = [picture(56, 56, seed) for seed in range(8)]
+
+    async def mixed():
+        async with EncodeClient(server.base_url) as client:
+            requests = [client.encode([png], "image") for png in good]
+            requests.insert(4, client.encode([good[0], b"broken", good[1]], "image"))
+            return await asyncio.gather(*requests, return_exceptions=True)
+
+    results = asyncio.run(mixed())
+    failed = results.pop(4)
+    assert isinstance(failed, EncodeServerError) and failed.status == 400 and "mm_items[1]" in failed.message
+    for png, embedding in zip(good, results, strict=True):
+        assert abs(embedding.numpy() - reference.image(png)).max() <= 1e-4
+
+
+def test_deadline(server, picture):
+    answer = post(server, image_body(picture(900, 900), timeout_s=0.001))
+    assert answer.status_code == 504 and answer.json()["code"] == "deadline_exceeded"
+
+
+def test_nothing_is_kept_after_errors(server, picture):
+    """Every arena slot comes back: whatever the tests before this one did."""
+
+    def used() -> float:
+        lines = httpx.get(server.base_url + "/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith("encode_arena_used_bytes")).split()[1])
+
+    post(server, image_body(picture(900, 900), timeout_s=0.01))
+    for _ in range(100):
+        if used() == 0:
+            break
+        httpx.get(server.base_url + "/livez")
+    assert used() == 0
