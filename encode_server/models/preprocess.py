@@ -193,7 +193,8 @@ def _choose(sampler: Any, metadata: Any, options: ItemOptions) -> list[int]:
     if total < int(sampler.temporal_patch_size) or not (sampled or count):
         return list(range(total))
     try:
-        chosen = sampler.sample_frames(metadata, num_frames=count) if count else sampler.sample_frames(metadata)
+        # num_frames given outright: not every processor's sample_frames looks for its own
+        chosen = sampler.sample_frames(metadata, num_frames=count or sampler.num_frames)
     except (ValueError, ZeroDivisionError, TypeError) as error:
         raise BadRequest(f"no frames can be chosen from {total} with these options: {_line(error)}") from error
     indices = [min(int(index), total - 1) for index in chosen]

@@ -19,6 +19,8 @@ from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
 
+_LEAST_FRAMES = 100
+
 
 class QwenOmni(QwenVision):
     """The thinker's towers; talker and token2wav are never read."""
@@ -57,7 +59,11 @@ class QwenOmni(QwenVision):
     def prepare_audio(self, extractor: Any, samples: npt.NDArray[np.float32]) -> Prepared:
         samples = pad_to_one_token(samples, extractor)
         output = extractor(
-            samples, sampling_rate=extractor.sampling_rate, return_attention_mask=True, return_tensors="pt"
+            samples,
+            sampling_rate=extractor.sampling_rate,
+            max_length=_padded_length(len(samples), extractor),
+            return_attention_mask=True,
+            return_tensors="pt",
         )
         frames = int(output["attention_mask"][0].sum())
         return Prepared(
@@ -101,6 +107,17 @@ class QwenOmni(QwenVision):
             return_dict=True,
         )
         return list(output.last_hidden_state.split([pooled_length(length) for length in lengths]))
+
+
+def _padded_length(count: int, extractor: Any) -> int:
+    """Samples to pad to (or cut at), so that frames of real sound come out as the extractor's own padding gives them.
+
+    That is to 300 s, half a second of work for each sound, of which all but the sound is dropped again. A frame sees
+    one window beyond the end; a second at least, because much shorter products round differently.
+    """
+    hop = int(extractor.hop_length)
+    frames = max(-(-count // hop) + -(-int(extractor.n_fft) // hop), _LEAST_FRAMES)
+    return min(frames * hop, int(extractor.n_samples))
 
 
 def _valid_indices(lengths: Sequence[int]) -> torch.Tensor:
