@@ -16,6 +16,7 @@ from encode_server.engine.rundir import sweep_stale
 from encode_server.engine.supervisor import Supervisor, SupervisorOptions
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
+from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
 from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint, resolve
@@ -48,10 +49,7 @@ class Server:
         self._limits = media_limits(settings)
         self.metrics = Metrics()
         self.pools = Pools(settings.preproc_workers, settings.send_workers)
-        try:
-            self._source = MediaSource(settings.media_allow, settings.media_roots, self._limits, self.pools.preproc)
-        except ValueError as error:
-            raise StartupError(str(error)) from None
+        self._source = _media_source(settings, self._limits, self.pools)
         self.destinations = DestinationPolicy(settings.destination_allow)
         self.admission = Admission(settings.max_requests, self.metrics)
         self._spec = GroupSpec(
@@ -191,6 +189,17 @@ class Server:
             due = loop.time() + LAG_INTERVAL_S
             await asyncio.sleep(LAG_INTERVAL_S)
             self.metrics.loop_lag.observe(max(0.0, loop.time() - due))
+
+
+def _media_source(settings: Settings, limits: MediaLimits, pools: Pools) -> MediaSource:
+    try:
+        UrlPolicy(settings.media_allow)
+    except ValueError as error:
+        raise StartupError(f"--media-allow: {error}") from None
+    try:
+        return MediaSource(settings.media_allow, settings.media_roots, limits, pools.preproc)
+    except ValueError as error:
+        raise StartupError(f"--media-roots: {error}") from None
 
 
 def media_limits(settings: Settings) -> MediaLimits:

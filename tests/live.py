@@ -14,6 +14,9 @@ from pathlib import Path
 import httpx
 
 
+CPU = ("--port", "0", "--device", "cpu", "--dtype", "float32")
+
+
 class LiveServer:
     """`encode-server serve MODEL …` in a process of its own, its temporary files in a directory of its own."""
 
@@ -23,9 +26,7 @@ class LiveServer:
         self.lines: list[str] = []
         environment = os.environ | {"TMPDIR": str(tmp), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            command
-            or [sys.executable, "-m", "encode_server.cli", "serve", str(model)]
-            + ["--port", "0", "--device", "cpu", "--dtype", "float32", *options],
+            command or [sys.executable, "-m", "encode_server.cli", "serve", str(model), *CPU, *options],
             env=environment,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -88,7 +89,9 @@ class LiveServer:
 
     def rank_pids(self) -> list[int]:
         """The processes the front started that still exist."""
-        return [pid for pid in _pids() if f"TMPDIR={self.tmp}\0" in _environment(pid) and "engine.rank" in _cmdline(pid)]
+        return [
+            pid for pid in _pids() if f"TMPDIR={self.tmp}\0" in _environment(pid) and "engine.rank" in _cmdline(pid)
+        ]
 
     def front_pid(self) -> int:
         return self.process.pid
@@ -128,7 +131,9 @@ def eventually(condition, timeout: float = 10.0) -> bool:
 
 
 def _pids() -> list[int]:
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
+    return [
+        int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and int(entry.name) != os.getpid()
+    ]
 
 
 def _environment(pid: int) -> str:

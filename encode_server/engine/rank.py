@@ -136,7 +136,7 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         dist.init_process_group(
             # Ranks that share a GPU (a test on one card) cannot use NCCL, which takes one device per rank.
             "nccl" if device != "cpu" and torch.cuda.device_count() >= command.world else "gloo",
-            store=dist.FileStore(f"/proc/self/fd/{command.store_fd}", command.world),
+            store=dist.FileStore(f"/proc/self/fd/{command.store_fd}", command.world),  # type: ignore[attr-defined]
             rank=command.rank,
             world_size=command.world,
         )

@@ -14,9 +14,6 @@ from encode_server.media.container import VIDEO_DECODERS, open_container, pick_s
 from encode_server.media.guard import decoding
 from encode_server.media.limits import MediaLimits, Stopwatch
 
-# Many decodes run beside each other in the pool, so one of them takes few threads.
-_THREADS = 2
-
 
 @dataclass(frozen=True)
 class VideoInfo:
@@ -69,7 +66,7 @@ def _inspect(data: bytes, limits: MediaLimits, watch: Stopwatch) -> VideoInfo:
     packets = 0
     start = end = None
     with open_container(data, limits) as container:
-        stream = _open_stream(container, limits, threads=1)
+        stream = _open_stream(container, limits)
         time_base = stream.time_base
         for packet in container.demux(stream):
             watch.check()
@@ -107,7 +104,7 @@ def _extract(
     out = np.empty((len(indices), info.height, info.width, 3), np.uint8)
     number = 0
     with open_container(data, limits) as container:
-        stream = _open_stream(container, limits, threads=_THREADS)
+        stream = _open_stream(container, limits)
         for frame in container.decode(stream):
             watch.check()
             if number >= limits.max_frames:
@@ -118,14 +115,15 @@ def _extract(
     return out, number
 
 
-def _open_stream(container: Any, limits: MediaLimits, *, threads: int) -> Any:
+def _open_stream(container: Any, limits: MediaLimits) -> Any:
     stream = pick_stream(container, "video", VIDEO_DECODERS)
     context = stream.codec_context
     limits.check_pixels(context.width, context.height)
     # A stream may change its size on the way; the decoder refuses what the header didn't announce.
     context.options = {"max_pixels": str(limits.max_pixels)}
-    context.thread_type = "AUTO"
-    context.thread_count = threads
+    # The pool decodes many videos beside each other. And should any library have set PyAV's log level, FFmpeg's own
+    # threads would wait for the interpreter lock to log, while its holder waits for them.
+    context.thread_count = 1
     return stream
 
 

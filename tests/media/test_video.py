@@ -2,6 +2,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -132,6 +133,24 @@ def test_what_the_chooser_raises_is_the_caller_s_and_wrong_indices_are_a_bug() -
 def test_each_limit_is_named(limits: MediaLimits, words: str) -> None:
     with pytest.raises(TooLarge, match=words):
         decode_video(video_bytes(), every, limits)
+
+
+def test_decoding_goes_on_where_a_library_has_turned_logging_on() -> None:
+    """FFmpeg logs from its threads; with PyAV's log level set, each line waits for the interpreter lock."""
+    data = bytearray(video_bytes(frames=60))
+    at = data.index(b"mdat")
+    for position in range(at + 100, at + 2000, 50):
+        data[position] ^= 0xFF
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        for _ in range(20):
+            try:
+                decode_video(bytes(data), every, LIMITS)
+            except BadMedia:
+                pass
+    finally:
+        av.logging.set_level(before)
 
 
 def test_a_long_video_costs_no_more_memory_than_its_chosen_frames() -> None:

@@ -159,7 +159,9 @@ def test_a_failed_part_is_told_to_the_destination_too(server):
 def test_media_is_preprocessed_once_whatever_tp_is(tp2, picture):
     def preprocessed() -> float:
         text = httpx.get(tp2.base_url + "/metrics").text
-        lines = [line for line in text.splitlines() if line.startswith('encode_preprocessed_items_total{modality="image"}')]
+        lines = [
+            line for line in text.splitlines() if line.startswith('encode_preprocessed_items_total{modality="image"}')
+        ]
         return float(lines[0].split()[-1])
 
     before = preprocessed()

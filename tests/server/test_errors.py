@@ -48,7 +48,9 @@ def test_wrong_requests(server, picture, change, status, code, says):
     assert "Traceback" not in document["message"] and "/work" not in document["message"]
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"mm_items": ["\\ud800"], "modality": "image"}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"mm_items": ["\\ud800"], "modality": "image"}']
+)
 def test_bodies_that_are_no_json_request(server, body):
     answer = httpx.post(server.base_url + "/encode", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["status"] == "error"

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -49,13 +50,13 @@ def test_ctrl_c_ends_it_with_status_0(checkpoint, tmp_path):
 
 
 def test_sigkill_of_the_front_takes_its_ranks_along(checkpoint, tmp_path):
-    shared = set(os.listdir("/dev/shm"))
+    shared = set(Path("/dev/shm").iterdir())
     with LiveServer(checkpoint, tmp_path / "s", "--tp", "2") as server:
         server.healthy()
         os.kill(server.front_pid(), signal.SIGKILL)
         server.process.wait(10)
         assert eventually(lambda: server.leftovers() == [])
-        assert set(os.listdir("/dev/shm")) <= shared
+        assert set(Path("/dev/shm").iterdir()) <= shared
 
 
 def test_killed_while_loading_is_swept_by_the_next_start(checkpoint, tmp_path):

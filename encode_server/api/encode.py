@@ -1,0 +1,146 @@
+"""One `POST /encode`, from its body to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from encode_server.api import answers
+from encode_server.api.body import read_encode
+from encode_server.api.schemas import EncodeBody
+from encode_server.delivery.base import Delivery, Part
+from encode_server.delivery.native import NativePush
+from encode_server.engine.group import GroupLost
+from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
+from encode_server.pipeline.pools import run_to_end
+from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
+from encode_server.server import Server
+from encode_server.telemetry.logs import log_request
+
+CALLER_GONE = 499  # nobody reads it; the word of nginx for it, in logs and metrics
+
+
+class EncodeCall:
+    """Reads the request, has the pipeline encode it, answers or delivers, and leaves one log line."""
+
+    def __init__(self, server: Server, http: Request) -> None:
+        self._server, self._http = server, http
+        self._req_id: str | None = None
+        self._stages: dict[str, float] = {}
+        self._modality, self._items, self._tokens = "unknown", 0, 0
+
+    async def answer(self) -> Response:
+        """The answer, also to what fails."""
+        started = time.perf_counter()
+        outcome = "ok"
+        try:
+            with self._server.admission.admit():
+                response = await self._admitted()
+        except EncodeError as error:
+            outcome = error.code
+            response = answers.error_answer(error, self._req_id)
+        except _CallerGone:
+            outcome = "gone"
+            response = Response(status_code=CALLER_GONE)
+        self._server.metrics.requests.labels(self._modality, outcome).inc()
+        self._stages["total"] = time.perf_counter() - started
+        log_request(self._req_id or "-", self._modality, outcome, self._items, self._tokens, self._stages)
+        return response
+
+    async def _admitted(self) -> Response:
+        if reason := self._server.not_ready():
+            raise NotReady(reason, headers={"Retry-After": "2"})
+        body, media = await read_encode(self._http, self._server.pools.preproc, self._server.settings.max_body_mb << 20)
+        self._req_id = body.req_id or uuid.uuid4().hex
+        self._items = len(media)
+        request = self._request(body, media, self._req_id)
+        self._modality = request.modality
+        part = Part(self._req_id, body.part_idx, body.num_parts, request.modality, self._server.model_name)
+        delivery = await self._delivery(body)
+        try:
+            async with _until_caller_goes(self._http):
+                return await self._bounded(request, part, delivery)
+        except EncodeError as error:
+            if delivery is not None:
+                await delivery.fail(part, error)
+            raise
+
+    def _request(self, body: EncodeBody, media: list[MediaItem], req_id: str) -> EncodeRequest:
+        settings = self._server.settings
+        if len(media) > settings.max_items:
+            raise BadRequest(f"mm_items holds {len(media)} items, at most {settings.max_items} are taken")
+        if body.part_idx >= body.num_parts:
+            raise BadRequest(f"part_idx is {body.part_idx}, expected less than num_parts, {body.num_parts}")
+        timeout = min(body.timeout_s or settings.timeout_s, settings.max_timeout_s)
+        return EncodeRequest(
+            req_id, body.checked_modality(), media, deadline=time.monotonic() + timeout, stages=self._stages
+        )
+
+    async def _delivery(self, body: EncodeBody) -> Delivery | None:
+        """Where the embedding goes, or None when it goes back in the answer."""
+        if (body.prefill_host is None) != (body.embedding_port is None):
+            raise BadRequest("prefill_host and embedding_port go together: one is missing")
+        if body.prefill_host is None or body.embedding_port is None:
+            return None
+        endpoint = await self._server.destinations.endpoint(body.prefill_host, body.embedding_port)
+        return NativePush(self._server.pusher, endpoint, self._server.pools.send)
+
+    async def _bounded(self, request: EncodeRequest, part: Part, delivery: Delivery | None) -> Response:
+        try:
+            async with asyncio.timeout(request.remaining_s), self._server.pipeline.encode(request) as encoded:
+                started = time.perf_counter()
+                if delivery is None:
+                    response = await self._respond(request, encoded)
+                else:
+                    await delivery.deliver(part, encoded)
+                    response = answers.delivered(request.req_id, encoded)
+                request.spent("deliver", time.perf_counter() - started)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was up before its embedding was delivered") from None
+        except GroupLost as lost:
+            raise NotReady(f"the encoder is not available: {lost}") from None
+        self._tokens = encoded.shape[0]
+        self._server.metrics.items.labels(request.modality).inc(len(encoded.items))
+        self._server.metrics.tokens.labels(request.modality).inc(self._tokens)
+        return response
+
+    async def _respond(self, request: EncodeRequest, encoded: Encoded) -> Response:
+        binary = answers.OCTETS in self._http.headers.get("accept", "")
+        build = answers.safetensors_answer if binary else answers.json_answer
+        content = await run_to_end(self._server.pools.send, build, request.req_id, encoded)
+        return Response(content, media_type=answers.OCTETS if binary else answers.JSON)
+
+
+class _CallerGone(Exception):
+    """The client closed its connection; what it asked for is not wanted any more."""
+
+
+@contextlib.asynccontextmanager
+async def _until_caller_goes(http: Request) -> AsyncIterator[None]:
+    """Cancel the body of the `async with`, and raise _CallerGone, when the client disconnects."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise _CallerGone from None
+        raise
+    finally:
+        watcher.cancel()

@@ -1,0 +1,48 @@
+"""Our own push: the frames of `delivery.frames` to one PULL socket."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Executor
+
+from encode_server.delivery.base import Part
+from encode_server.delivery.frames import EmbeddingHeader, ErrorInfo, encode_header
+from encode_server.delivery.push import Pusher
+from encode_server.errors import EncodeError
+from encode_server.pipeline.pools import run_to_end
+from encode_server.pipeline.request import Encoded
+
+
+class NativePush:
+    """Delivers to `endpoint` (`tcp://address:port`)."""
+
+    def __init__(self, pusher: Pusher, endpoint: str, pool: Executor) -> None:
+        self._pusher, self._endpoint, self._pool = pusher, endpoint, pool
+
+    async def deliver(self, part: Part, encoded: Encoded) -> None:
+        """See `Delivery`."""
+        header = EmbeddingHeader(
+            req_id=part.req_id,
+            model=part.model,
+            modality=part.modality,
+            part_idx=part.part_idx,
+            num_parts=part.num_parts,
+            dtype=encoded.dtype,
+            shape=encoded.shape,
+            items=[item.info for item in encoded.items],
+        )
+        data = await run_to_end(self._pool, encoded.contiguous)
+        await self._pusher.push(self._endpoint, [encode_header(header), data])
+
+    async def fail(self, part: Part, error: EncodeError) -> None:
+        """See `Delivery`."""
+        header = EmbeddingHeader(
+            req_id=part.req_id,
+            model=part.model,
+            modality=part.modality,
+            part_idx=part.part_idx,
+            num_parts=part.num_parts,
+            error=ErrorInfo(error.status, error.code, error.message),
+        )
+        with contextlib.suppress(EncodeError):
+            await self._pusher.push(self._endpoint, [encode_header(header)])
