@@ -75,8 +75,18 @@ def segment_attention(
         lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
         layout = Segments(lengths, query.device)
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    attend = _varlen if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else _grouped
+    attend = _varlen if _has_flash(q) else _grouped
     return attend(q, k, v, layout, scaling).unsqueeze(0), None
+
+
+def _has_flash(q: torch.Tensor) -> bool:
+    """Whether torch's flash kernel takes these states: half precision, heads of a multiple of 8, Ampere or later."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 def _grouped(

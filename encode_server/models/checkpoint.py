@@ -6,6 +6,7 @@ Reads JSON and headers only; imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from typing import Any
 
 from encode_server.errors import StartupError
 
-HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "merges.txt")
-"""What is fetched from the hub: configuration, processors and safetensors, never code or pickled weights."""
+HUB_FILES = ("*.json", "*.jinja")
+"""What is fetched from the hub beside the encoder's shards: configuration and processors, never code or pickles."""
+
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Checkpoint:
 def resolve(model: str, revision: str | None = None) -> Checkpoint:
     """Find the checkpoint that `model` names: `demo`, a directory, or a hub id (`revision`: branch, tag or commit).
 
-    A hub checkpoint is downloaded unless the hub's offline variables (`HF_HUB_OFFLINE`) say otherwise.
+    A hub checkpoint is downloaded, as far as the encoder needs it, unless the hub's offline variables
+    (`HF_HUB_OFFLINE`) say otherwise.
 
     Raises:
         StartupError: unknown model, missing or unreadable files, or an architecture this server has no family for.
@@ -75,23 +79,40 @@ def open_directory(path: Path, *, name: str | None = None, revision: str = "") -
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
-    """The safetensors shards: those the index names, or every *.safetensors of the directory, sorted.
+    """The safetensors shards that may hold encoder weights, sorted.
+
+    With an index those it names for a key of the encoder (others needn't even be there), else every *.safetensors of
+    the directory.
 
     Raises:
-        StartupError: there are none, or one the index names is missing.
+        StartupError: there are none, or one that is needed is missing.
     """
-    index = checkpoint.path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index, checkpoint.name).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise StartupError(f"model {checkpoint.name!r}: {index.name} has no weight_map")
-        files = [checkpoint.path / str(shard) for shard in sorted(set(shards.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise StartupError(f"model {checkpoint.name!r}: {missing[0]} is named by {index.name} but missing")
+    indexed = _indexed_shards(checkpoint)
+    if indexed is None:
+        if not (files := sorted(checkpoint.path.glob("*.safetensors"))):
+            raise StartupError(f"model {checkpoint.name!r}: no *.safetensors file (other weight formats are not read)")
         return files
-    if not (files := sorted(checkpoint.path.glob("*.safetensors"))):
-        raise StartupError(f"model {checkpoint.name!r}: no *.safetensors file (other weight formats are not read)")
+    files = [checkpoint.path / shard for shard in indexed]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise StartupError(f"model {checkpoint.name!r}: {missing[0]} is named by {_INDEX} but missing")
     return files
+
+
+def _indexed_shards(checkpoint: Checkpoint) -> list[str] | None:
+    """Names of the shards that the index names for a key of the encoder; None where there is no index."""
+    from encode_server.models.registry import check_supported
+
+    if not (checkpoint.path / _INDEX).is_file():
+        return None
+    shards = read_json(checkpoint.path / _INDEX, checkpoint.name).get("weight_map")
+    if not isinstance(shards, dict):
+        raise StartupError(f"model {checkpoint.name!r}: {_INDEX} has no weight_map")
+    wanted = re.compile(check_supported(checkpoint).weights)
+    # a name alone: a path could lead out of the directory
+    names = sorted({Path(str(shard)).name for key, shard in shards.items() if wanted.match(key)})
+    if not names:
+        raise StartupError(f"model {checkpoint.name!r}: {_INDEX} names no encoder weights")
+    return names
 
 
 def tensor_dtypes(file: Path) -> Iterator[tuple[str, str]]:
@@ -139,8 +160,14 @@ def _download(model: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    from encode_server.models.registry import check_supported
+
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
+        checkpoint = Checkpoint(path, read_json(path / "config.json", model), model)
+        check_supported(checkpoint)
+        shards = _indexed_shards(checkpoint) or ["*.safetensors"]
+        return Path(snapshot_download(model, revision=path.name, allow_patterns=shards))
     except HFValidationError as error:
         raise StartupError(f"model {model!r} is neither a directory nor a valid hub id") from error
     except RevisionNotFoundError as error:

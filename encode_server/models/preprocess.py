@@ -53,6 +53,10 @@ class Preprocessor:
             return self._image(data, options)
         return self._video(data, options) if modality is Modality.VIDEO else self._audio(data)
 
+    def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
+        """Pieces of a large item that can be encoded apart, see `Family.split`."""
+        return self._family.split(prepared, max_cost)
+
     def probe(self, modality: Modality) -> bytes:
         """Tiny valid media for a health probe (`probes.probe_media`); every family makes at least one token of it."""
         return probe_media(modality)

@@ -23,11 +23,16 @@ class Tower:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`: the `module:Class` under `families` that handles it, its modalities, its towers by name."""
+    """One `model_type`.
+
+    `family`: the `module:Class` under `families` that handles it. `towers`: by name. `weights`: matches the start of
+    the checkpoint keys that the encoder consists of; the group `name`, if there is one, begins the model's own name.
+    """
 
     family: str
     modalities: frozenset[Modality]
     towers: Mapping[str, Tower]
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,37 @@ def _vision(*path: str) -> dict[str, Tower]:
     return {"vision": Tower(path, "num_attention_heads", 12)}
 
 
+_VL = Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION, r"(model\.)?visual\.")
+_OMNI_WEIGHTS = r"(thinker\.)?(?P<name>(model\.)?(visual|audio_tower)\.)"
+_SIGLIP_WEIGHTS = r"(vision_model\.)?(embeddings|encoder|post_layernorm)\."
+_CLIP_WEIGHTS = r"(vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm)\."
+
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "qwen2_vl": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
-    "qwen2_5_vl": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
-    "qwen3_vl": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
-    "qwen3_vl_moe": Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION),
-    "qwen2_5_omni": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni("thinker_config")),
-    "qwen2_5_omni_thinker": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni()),
+    "qwen2_vl": _VL,
+    "qwen2_5_vl": _VL,
+    "qwen3_vl": _VL,
+    "qwen3_vl_moe": _VL,
+    "qwen2_5_omni": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni("thinker_config"), _OMNI_WEIGHTS),
+    "qwen2_5_omni_thinker": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni(), _OMNI_WEIGHTS),
     "qwen2_audio": Architecture(
-        "qwen_audio:QwenAudio", _HEARD, {"audio": Tower(("audio_config",), "encoder_attention_heads", 20)}
+        "qwen_audio:QwenAudio",
+        _HEARD,
+        {"audio": Tower(("audio_config",), "encoder_attention_heads", 20)},
+        r"(model\.)?(audio_tower|multi_modal_projector)\.",
     ),
-    "whisper": Architecture("whisper:Whisper", _HEARD, {"audio": Tower((), "encoder_attention_heads", 6)}),
-    "siglip": Architecture("image_towers:Siglip", _STILL, _vision("vision_config")),
-    "siglip_vision_model": Architecture("image_towers:Siglip", _STILL, _vision()),
-    "clip": Architecture("image_towers:Clip", _STILL, _vision("vision_config")),
-    "clip_vision_model": Architecture("image_towers:Clip", _STILL, _vision()),
-    "dinov2": Architecture("image_towers:Dinov2", _STILL, _vision()),
+    "whisper": Architecture(
+        "whisper:Whisper",
+        _HEARD,
+        {"audio": Tower((), "encoder_attention_heads", 6)},
+        r"(model\.)?encoder\.(?P<name>)",
+    ),
+    "siglip": Architecture("image_towers:Siglip", _STILL, _vision("vision_config"), _SIGLIP_WEIGHTS),
+    "siglip_vision_model": Architecture("image_towers:Siglip", _STILL, _vision(), _SIGLIP_WEIGHTS),
+    "clip": Architecture("image_towers:Clip", _STILL, _vision("vision_config"), _CLIP_WEIGHTS),
+    "clip_vision_model": Architecture("image_towers:Clip", _STILL, _vision(), _CLIP_WEIGHTS),
+    "dinov2": Architecture(
+        "image_towers:Dinov2", _STILL, _vision(), r"(dinov2\.)?(?P<name>(embeddings|encoder|layers|layernorm)\.)"
+    ),
 }
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -74,7 +74,7 @@ def _narrow(path: Path) -> None:
         (_narrow, "does not match its config.json"),
         (
             lambda path: (path / "model.safetensors.index.json").write_text(
-                '{"weight_map": {"a": "gone.safetensors"}}'
+                '{"weight_map": {"visual.a": "gone.safetensors"}}'
             ),
             "gone.safetensors is named by model.safetensors.index.json but missing",
         ),
@@ -195,16 +195,52 @@ def test_old_names_of_the_vision_tower_load_alike(checkpoints: Checkpoints, copy
     _assert_same_weights(copy, checkpoints.path("qwen2_5_vl"))
 
 
-def test_shards_are_read_through_the_index(checkpoints: Checkpoints, copy: Path) -> None:
-    weights = _weights(copy)
-    (copy / "model.safetensors").unlink()
-    halves = {"a.safetensors": dict(list(weights.items())[::2]), "b.safetensors": dict(list(weights.items())[1::2])}
-    for name, half in halves.items():
-        save_file(half, copy / name, metadata={"format": "pt"})
-    index = {"weight_map": {key: name for name, half in halves.items() for key in half}}
-    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+def _split(path: Path) -> None:
+    """Three shards with an index: two that the encoder needs, one of the language model alone."""
+    weights = _weights(path)
+    (path / "model.safetensors").unlink()
+    encoder = [name for name in weights if "visual" in name]
+    shards = {"a.safetensors": encoder[::2], "b.safetensors": encoder[1::2]}
+    shards["language.safetensors"] = [name for name in weights if name not in encoder]
+    for name, keys in shards.items():
+        save_file({key: weights[key] for key in keys}, path / name, metadata={"format": "pt"})
+    index = {"weight_map": {key: name for name, keys in shards.items() for key in keys}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_only_the_shards_that_hold_the_encoder_are_needed(checkpoints: Checkpoints, copy: Path) -> None:
+    _split(copy)
+    (copy / "language.safetensors").unlink()
     save_file({"model.visual.merger.ln_q.weight": torch.zeros(3)}, copy / "stray.safetensors")
     _assert_same_weights(copy, checkpoints.path("qwen2_5_vl"))
+
+
+def test_a_hub_checkpoint_is_found_in_the_cache_and_only_its_encoder_asked_for(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    _split(copy)
+    (copy / "language.safetensors").unlink()
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--something"
+    shutil.copytree(copy, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    asked: list[str] = []
+    real = huggingface_hub.snapshot_download
+
+    def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        found = real(model, revision=revision, allow_patterns=allow_patterns, cache_dir=tmp_path / "hub")
+        return str(found)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    checkpoint = resolve("someone/something", "main")
+    assert (checkpoint.name, checkpoint.revision) == ("someone/something", commit)
+    assert checkpoint.config["model_type"] == "qwen2_5_vl"
+    assert {pattern for pattern in asked if "safetensors" in pattern} == {"a.safetensors", "b.safetensors"}
 
 
 def _assert_same_weights(path: Path, other: Path) -> None:

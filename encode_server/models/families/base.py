@@ -13,6 +13,7 @@ from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.parallel import Plan
 from encode_server.models.prepared import Prepared
+from encode_server.models.registry import check_supported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,9 +28,6 @@ Item = Mapping[str, torch.Tensor]
 class Family(ABC):
     """An architecture's weights, parallel plan, forward and preprocessing. One instance per process and checkpoint."""
 
-    weights: ClassVar[re.Pattern[str]]
-    """Matches the checkpoint keys of the encoder; what precedes the group `name`, if it has one, is stripped."""
-
     plan: ClassVar[Plan]
     """What tensor parallelism does to the modules of the model `load` builds."""
 
@@ -38,15 +36,16 @@ class Family(ABC):
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self._weights = re.compile(check_supported(checkpoint).weights)
 
     # What ranks call.
 
     def rename(self, key: str) -> str | None:
         """The model's name of a checkpoint key (before transformers' own conversion), None for what isn't read."""
-        found = self.weights.match(key)
+        found = self._weights.match(key)
         if found is None:
             return None
-        return key[found.start("name") :] if "name" in self.weights.groupindex else key
+        return key[found.start("name") :] if "name" in self._weights.groupindex else key
 
     def required(self, key: str) -> bool:
         """Whether the parameter `key` of the model must come from the checkpoint."""
@@ -80,6 +79,13 @@ class Family(ABC):
         `metadata`: transformers' VideoMetadata, with the frames' indices in the whole video.
         """
         raise NotImplementedError
+
+    def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
+        """Pieces of an item that can be encoded apart, their embeddings put one after another; [item] when it can't.
+
+        Each costs at most `max_cost` where the architecture allows it. Tensors are views of the item's.
+        """
+        return [prepared]
 
     def prepare_audio(self, extractor: Any, samples: npt.NDArray[np.float32]) -> Prepared:
         """Mono samples at the extractor's rate, through the checkpoint's feature extractor."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -62,7 +61,6 @@ class ImageTower(Family):
 class Clip(ImageTower):
     """CLIP's vision tower. Its last hidden state is the one before the post layer norm, as transformers returns it."""
 
-    weights = re.compile(r"(vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm)\.")
     plan: ClassVar[Plan] = {
         r".*layers\.\d+\.self_attn": Style.HEADS,
         r".*layers\.\d+\.self_attn\.(q|k|v)_proj": Style.COLUMN,
@@ -86,7 +84,6 @@ class Siglip(ImageTower):
     """SigLIP's vision tower without the pooling head, which the last hidden state doesn't pass through."""
 
     class_tokens = 0
-    weights = re.compile(r"(vision_model\.)?(embeddings|encoder|post_layernorm)\.")
     plan = Clip.plan
 
     def config(self) -> Any:
@@ -103,7 +100,6 @@ class Siglip(ImageTower):
 class Dinov2(ImageTower):
     """DINOv2's backbone, from a checkpoint of its own or of a classifier."""
 
-    weights = re.compile(r"(dinov2\.)?(?P<name>(embeddings|encoder|layers|layernorm)\.)")
     # both transformers' names before and after its vision refactor
     plan: ClassVar[Plan] = {
         r".*layers?\.\d+\.attention(\.attention)?": Style.HEADS,

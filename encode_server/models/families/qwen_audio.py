@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +19,6 @@ from encode_server.models.prepared import Prepared
 class QwenAudio(Family):
     """Tower plus projector; only the tokens of real sound, as the language side consumes them."""
 
-    weights = re.compile(r"(model\.)?(audio_tower|multi_modal_projector)\.")
     plan: ClassVar[Plan] = {rf".*audio_tower\.{pattern}": style for pattern, style in ENCODER_PLAN.items()}
 
     def required(self, key: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -25,7 +24,6 @@ _LEAST_FRAMES = 100
 class QwenOmni(QwenVision):
     """The thinker's towers; talker and token2wav are never read."""
 
-    weights = re.compile(r"(thinker\.)?(?P<name>(model\.)?(visual|audio_tower)\.)")
     plan: ClassVar[Plan] = {
         **VISION_PLAN,
         r".*visual\.blocks\.\d+\.attn\.(q|k|v)": Style.COLUMN,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -56,6 +55,27 @@ class QwenVision(Family):
         prepared.extra.update(self.video_extra(metadata, int(processor.temporal_patch_size)))
         return prepared
 
+    def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
+        """A video is cut between temporal patches: no layer attends across them."""
+        if prepared.grid_thw is None or prepared.cost <= max_cost or prepared.grid_thw[0] == 1:
+            return [prepared]
+        t, h, w = prepared.grid_thw
+        step = max(1, max_cost // (h * w))
+        pieces = []
+        for start in range(0, t, step):
+            length = min(step, t - start)
+            pixels = prepared.tensors["pixel_values"][start * h * w : (start + length) * h * w]
+            pieces.append(
+                Prepared(
+                    tensors={"pixel_values": pixels, "grid_thw": torch.tensor((length, h, w))},
+                    tokens=prepared.tokens // t * length,
+                    cost=length * h * w,
+                    segment=h * w,
+                    grid_thw=(length, h, w),
+                )
+            )
+        return pieces
+
     def video_extra(self, metadata: Any, temporal_patch: int) -> dict[str, float | list[float]]:
         """What the language side's positions or prompt need of a video's timing."""
         if self.checkpoint.model_type.startswith("qwen3"):
@@ -87,7 +107,6 @@ class QwenVision(Family):
 class QwenVL(QwenVision):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and mixture of experts)."""
 
-    weights = re.compile(r"(model\.)?visual\.")
     plan: ClassVar[Plan] = {**VISION_PLAN, r".*visual\.blocks\.\d+\.attn\.qkv": Style.FUSED_QKV}
 
     def required(self, key: str) -> bool:

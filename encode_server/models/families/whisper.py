@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ ENCODER_PLAN: Plan = {
 class Whisper(Family):
     """The encoder alone: its last hidden state over the 30 s window the extractor pads or cuts to."""
 
-    weights = re.compile(r"(model\.)?encoder\.(?P<name>)")
     plan = ENCODER_PLAN
 
     def model_class(self) -> tuple[Any, Any]:
