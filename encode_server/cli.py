@@ -1,4 +1,4 @@
-"""The command line: `encode-server serve | demo | demo-model`."""
+"""The command line: `encode-server serve | demo | demo-model | bench`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from encode_server import __version__
+from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
 from encode_server.settings import Settings, load_settings, option_name, variable_name
 
@@ -30,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
 
     demo_model = commands.add_parser("demo-model", help="write the demo checkpoint (random weights) to a directory")
     demo_model.add_argument("directory", type=Path, metavar="DIR")
+
+    bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
+    add_bench_arguments(bench)
 
     options = vars(parser.parse_args(argv))
     command = options.pop("command")
@@ -54,6 +58,10 @@ def _run(command: str, options: dict[str, Any]) -> int:
 
         once = options.pop("once")
         return run_demo(load_settings({"model": "demo"} | options), once=once)
+    if command == "bench":
+        from encode_server.bench.command import run
+
+        return run(options)
     from encode_server.serve import serve
 
     return serve(load_settings(options))

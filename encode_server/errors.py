@@ -96,5 +96,11 @@ class DeadlineExceeded(EncodeError):
     status, code = 504, "deadline_exceeded"
 
 
+class StoreFull(EncodeError):
+    """The embedding store's disk, or its limit of bytes, has no room for the embedding."""
+
+    status, code = 507, "store_full"
+
+
 class StartupError(Exception):
     """The server cannot start as asked. The message is one line for the operator; the process exits non-zero."""

@@ -23,6 +23,7 @@ from encode_server.models.checkpoint import Checkpoint, resolve
 from encode_server.models.registry import Summary, check_tp, summarize
 from encode_server.pipeline.admission import Admission
 from encode_server.pipeline.batcher import Batcher
+from encode_server.pipeline.cache import EmbeddingCache
 from encode_server.pipeline.health import HealthProbe, Verdict
 from encode_server.pipeline.pipeline import Pipeline
 from encode_server.pipeline.pools import Pools
@@ -87,6 +88,7 @@ class Server:
             Modality.AUDIO: settings.audio_batch_tokens,
         }
         self._batcher = Batcher(self._engine, budgets, self.metrics)
+        self._cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), self.metrics)
         for work in (self._engine.run(), self._batcher.run(), self._load_processors(), self._watch_lag()):
             self._tasks.append(asyncio.create_task(work))
 
@@ -129,6 +131,7 @@ class Server:
         metrics.in_flight.set(self._batcher.in_flight)
         metrics.arena_used.set(self._arena.used)
         metrics.arena_size.set(self._arena.size)
+        metrics.cache_bytes.set(self._cache.bytes)
         metrics.restarts.set(self._engine.restarts)
         states = self._engine.rank_states or ["dead"] * self.settings.tp
         for rank, state in enumerate(states):
@@ -155,6 +158,7 @@ class Server:
             arena=self._arena,
             engine=self._engine,
             batcher=self._batcher,
+            cache=self._cache,
             metrics=self.metrics,
         )
         self._health = HealthProbe(self.pipeline, self._engine, self._batcher, media, self.settings.stall_s)

@@ -53,6 +53,7 @@ class Settings(BaseSettings):
     audio_batch_tokens: int = Field(
         48000, ge=1, description="mel frames of audio in one batch; a larger item goes alone"
     )
+    cache_gb: float = Field(1.0, ge=0, description="GiB of embeddings kept for media seen again; 0: none")
     arena_mb: int = Field(2048, ge=16, description="shared memory for inputs and embeddings in work (used as needed)")
 
     # Time.
@@ -87,6 +88,12 @@ class Settings(BaseSettings):
         (), description="networks or hosts beside private and loopback ones that embeddings may be pushed to"
     )
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
+
+    ec_store: str | None = Field(
+        None, description="directory for delivery `ec_store`, read by vLLM's encoder-cache connector; created if absent"
+    )
+    ec_store_gb: float = Field(50.0, gt=0, description="GiB of stored embeddings; beyond it the oldest go")
+    ec_store_age_s: float = Field(3600.0, ge=120, description="a stored embedding goes when it was written so long ago")
 
     # Logging.
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")

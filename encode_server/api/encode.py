@@ -16,7 +16,6 @@ from encode_server.api.body import read_encode
 from encode_server.api.schemas import EncodeBody
 from encode_server.delivery.base import Delivery, Part
 from encode_server.delivery.native import NativePush
-from encode_server.engine.group import GroupLost
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
 from encode_server.pipeline.pools import run_to_end
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
@@ -93,7 +92,8 @@ class EncodeCall:
 
     async def _bounded(self, request: EncodeRequest, part: Part, delivery: Delivery | None) -> Response:
         try:
-            async with asyncio.timeout(request.remaining_s), self._server.pipeline.encode(request) as encoded:
+            async with asyncio.timeout(request.remaining_s):
+                encoded = await self._server.pipeline.encode(request)
                 started = time.perf_counter()
                 if delivery is None:
                     response = await self._respond(request, encoded)
@@ -103,8 +103,6 @@ class EncodeCall:
                 request.spent("deliver", time.perf_counter() - started)
         except TimeoutError:
             raise DeadlineExceeded("the request's time was up before its embedding was delivered") from None
-        except GroupLost as lost:
-            raise NotReady(f"the encoder is not available: {lost}") from None
         self._tokens = encoded.shape[0]
         self._server.metrics.items.labels(request.modality).inc(len(encoded.items))
         self._server.metrics.tokens.labels(request.modality).inc(self._tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -14,7 +14,7 @@ PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ItemBody(msgspec.Struct, kw_only=True):
-    """A media item with options. `url`: http(s) or file URL, data URI, or bare base64."""
+    """A media item with options. `url`: http(s) or file URL, data URI, or bare base64. `uuid`: its name in a store."""
 
     url: str
     content_hash: str | None = None
@@ -24,6 +24,7 @@ class ItemBody(msgspec.Struct, kw_only=True):
     num_frames: PositiveInt | None = None
     min_frames: PositiveInt | None = None
     max_frames: PositiveInt | None = None
+    uuid: str | None = None
 
 
 class EncodeBody(msgspec.Struct, kw_only=True):
@@ -36,6 +37,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     part_idx: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefill_host: str | None = None
     embedding_port: int | None = None
+    delivery: Literal["ec_store"] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
     def checked_modality(self) -> Modality:

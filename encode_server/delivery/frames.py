@@ -12,11 +12,15 @@ from encode_server.modality import Modality
 
 
 class ItemInfo(msgspec.Struct, omit_defaults=False):
-    """One media item of a part: its rows in the embedding, its patch grid, the SHA-256 of its media bytes."""
+    """One media item of a part: its rows in the embedding, its patch grid, the SHA-256 of its media bytes.
+
+    `cached`: it was not encoded for this request, the cache or another request's encode served it.
+    """
 
     tokens: int
     grid_thw: list[int] | None
     content_hash: str
+    cached: bool = False
 
 
 class ErrorInfo(msgspec.Struct):

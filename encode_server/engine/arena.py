@@ -69,11 +69,6 @@ class Arena:
         self._waiters: deque[tuple[asyncio.Future[list[Slot]], list[int]]] = deque()
         self.used = 0
 
-    @property
-    def contended(self) -> bool:
-        """Whether somebody waits for room: what can leave the arena should."""
-        return bool(self._waiters)
-
     async def acquire(self, sizes: Sequence[int], *, urgent: bool = False) -> list[Slot]:
         """Slots of at least `sizes` bytes, all of them or none, granted in the order of asking.
 

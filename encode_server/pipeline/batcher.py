@@ -1,6 +1,6 @@
-"""The queue in front of the ranks: builds batches by token budget, keeps two in flight, replays what was lost.
+"""Builds batches by token budget, keeps two in flight, and sends again what was lost with its ranks.
 
-One task owns the queue. Nothing waits for a timer: when fewer than two batches are in flight, what is queued leaves.
+Nothing waits for a timer: when fewer than two batches are in flight, what is queued leaves.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from encode_server.engine.messages import Done
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import DeadlineExceeded, EncodeFailed, NotReady
 from encode_server.modality import Modality
-from encode_server.pipeline.work import Work, WorkState
+from encode_server.pipeline.fair_queue import FairQueue
+from encode_server.pipeline.work import Placement, Work
 from encode_server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
 IN_FLIGHT = 2  # one running, one waiting in the ranks' sockets, so that the device never waits for the front
-MAX_FAILURES = 2  # how often a batch may be in flight when the ranks die before it is taken apart
+MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before it is taken apart
 
 
 class Batcher:
-    """Accepts work, forwards it in batches, and ends each exactly once."""
+    """Accepts items, forwards them in batches, and ends each exactly once."""
 
     def __init__(self, engine: Supervisor, budgets: Mapping[Modality, int], metrics: Metrics) -> None:
         self._engine, self._metrics = engine, metrics
         self._budgets = dict(budgets)
-        self._queue: deque[Work] = deque()
+        self._queue = FairQueue()
         self._retries: deque[list[Work]] = deque()  # batches to send again as they are, before anything else
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
@@ -39,7 +40,7 @@ class Batcher:
 
     @property
     def queued(self) -> int:
-        """Items waiting for a batch."""
+        """Pieces of work waiting for a batch."""
         return len(self._queue) + sum(map(len, self._retries))
 
     @property
@@ -52,14 +53,16 @@ class Batcher:
         """Batches sent to the ranks that hold more than a health probe."""
         return sum(self._running.values())
 
-    def submit(self, work: Work) -> None:
-        """Queue an item; `work.finished` says how it ended."""
+    def budget(self, modality: Modality) -> int:
+        """Encoder tokens of one batch, at present."""
+        return self._budgets[modality]
+
+    def submit(self, placement: Placement) -> None:
+        """Queue an item; `placement.finished` says how it ended."""
         if self._closed is not None:
-            work.fail(NotReady(self._closed))
-        elif work.urgent:
-            self._queue.appendleft(work)
-        else:
-            self._queue.append(work)
+            placement.work_failed(NotReady(self._closed))
+            return
+        self._queue.put(placement)
         self._wake.set()
 
     async def run(self) -> None:
@@ -68,14 +71,9 @@ class Batcher:
         try:
             while True:
                 self._wake.clear()
-                if not self._engine.ready:
-                    await self._engine.wait_ready()
+                await self._engine.wait_ready()
                 while len(self._running) < IN_FLIGHT and self._engine.ready and (batch := self._next_batch()):
-                    for work in batch:
-                        work.start()
-                    task = asyncio.create_task(self._forward(batch))
-                    self._running[task] = not all(work.urgent for work in batch)
-                    task.add_done_callback(self._ended)
+                    self._send(batch)
                 await self._wake.wait()
         except GroupLost as lost:
             reason = f"the encoder is not available: {lost}"
@@ -87,10 +85,18 @@ class Batcher:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
-            for work in [*self._queue, *(w for batch in self._retries for w in batch)]:
+            for work in (work for batch in self._retries for work in batch):
                 work.fail(NotReady(reason))
-            self._queue.clear()
+            for placement in self._queue.drain():
+                placement.work_failed(NotReady(reason))
             self._retries.clear()
+
+    def _send(self, batch: list[Work]) -> None:
+        for work in batch:
+            work.start()
+        task = asyncio.create_task(self._forward(batch))
+        self._running[task] = not all(work.placement.urgent for work in batch)
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
@@ -98,40 +104,26 @@ class Batcher:
 
     def _next_batch(self) -> list[Work]:
         while self._retries:
-            if again := [work for work in self._retries.popleft() if self._wanted(work)]:
-                return again
-        batch: list[Work] = []
-        later: list[Work] = []
-        total = 0
-        while self._queue:
-            work = self._queue.popleft()
-            if not self._wanted(work):
-                continue
-            modality = batch[0].modality if batch else work.modality
-            if work.modality is not modality or (batch and total + work.cost > self._budgets[modality]):
-                later.append(work)
-                if work.modality is modality:
-                    break
-                continue
-            batch.append(work)
-            total += work.cost
-        self._queue.extendleft(reversed(later))
-        return batch
+            batch = self._retries.popleft()
+            for work in (work for work in batch if not self._wanted(work.placement)):
+                work.fail(NotReady("its request has ended"))
+            if batch := [work for work in batch if not work.placement.abandoned]:
+                return batch
+        return self._queue.take(self._budgets, self._wanted)
 
-    def _wanted(self, work: Work) -> bool:
+    def _wanted(self, placement: Placement) -> bool:
         """Whether to forward it still; one whose caller has gone or whose time is up ends here."""
-        if work.abandoned or work.state is WorkState.RELEASED:
+        if placement.abandoned:
             self._metrics.dropped.labels("gone").inc()
-            work.fail(NotReady("its request has ended"))
             return False
-        if time.monotonic() >= work.deadline:
+        if time.monotonic() >= placement.deadline:
             self._metrics.dropped.labels("late").inc()
-            work.fail(DeadlineExceeded("its time was up while it waited for the encoder"))
+            placement.work_failed(DeadlineExceeded("its time was up while it waited for the encoder"))
             return False
         return True
 
     async def _forward(self, batch: list[Work]) -> None:
-        modality = batch[0].modality
+        modality = batch[0].placement.modality
         self._metrics.batch_tokens.labels(modality).observe(sum(work.cost for work in batch))
         try:
             dones = await self._engine.forward(modality, tuple(work.item for work in batch))
@@ -149,16 +141,16 @@ class Batcher:
         if failed is None:
             for work in batch:
                 work.complete(dones[0].forward_s)
-        elif len(batch) > 1:
-            if failed.out_of_memory:
-                self._lower_budget(batch)
+            return
+        log.warning("a batch of %d %s failed: %s", len(batch), batch[0].placement.modality, failed.error)
+        if failed.out_of_memory:
+            self._lower_budget(batch)
+        if len(batch) > 1:
             self._halve(batch)
         else:
-            log.warning("a %s item failed in the encoder: %s", batch[0].modality, failed.error)
             batch[0].fail(EncodeFailed("the encoder failed on this item"))
 
     def _replay(self, batch: list[Work], lost: GroupLost) -> None:
-        # The group's loss is told before its processes are reaped; nothing is sent before the engine is ready again.
         self._metrics.replayed.inc(len(batch))
         if lost.suspect:
             for work in batch:
@@ -168,7 +160,7 @@ class Batcher:
         elif len(batch) > 1:
             self._halve(batch)
         else:
-            batch[0].fail(EncodeFailed("the encoder died on this item, repeatedly"))
+            batch[0].fail(EncodeFailed("the ranks died on this item, repeatedly"))
 
     def _halve(self, batch: list[Work]) -> None:
         middle = len(batch) // 2
@@ -176,10 +168,11 @@ class Batcher:
         self._again(batch[:middle])
 
     def _again(self, batch: list[Work]) -> None:
+        # Sent when the engine is ready again, so after the lost ranks have been reaped: see Supervisor.run.
         self._retries.appendleft(batch)
         self._wake.set()
 
     def _lower_budget(self, batch: list[Work]) -> None:
-        modality = batch[0].modality
+        modality = batch[0].placement.modality
         self._budgets[modality] = max(1, sum(work.cost for work in batch) // 2)
         log.warning("out of memory: %s batches are now at most %d tokens", modality, self._budgets[modality])

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from encode_server.engine.group import GroupLost
 from encode_server.engine.messages import Forward
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import EncodeError
@@ -89,14 +88,12 @@ class HealthProbe:
         request = EncodeRequest(f"health-{uuid.uuid4().hex}", modality, [MediaItem(media)], deadline, urgent=True)
         reason = ""
         try:
-            async with asyncio.timeout(self._stall_s), self._pipeline.encode(request) as encoded:
-                reason = _flaw(encoded)
+            async with asyncio.timeout(self._stall_s):
+                reason = _flaw(await self._pipeline.encode(request))
         except EncodeError as error:
             reason = error.message
         except TimeoutError:
             reason = f"no embedding after {self._stall_s:g} s"
-        except GroupLost as lost:
-            reason = str(lost)
         self._outcomes[modality] = _Outcome(time.time(), time.perf_counter() - started, reason)
         if not reason:
             self._last_success = time.time()

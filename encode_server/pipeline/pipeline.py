@@ -6,25 +6,33 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from encode_server.delivery.frames import ItemInfo
 from encode_server.engine.arena import Arena
-from encode_server.engine.messages import ItemRef, TensorRef
+from encode_server.engine.group import GroupLost
+from encode_server.engine.messages import EncoderInfo
 from encode_server.engine.supervisor import Supervisor
-from encode_server.errors import BadRequest, EncodeError, UnsupportedModality
+from encode_server.errors import BadRequest, EncodeError, NotReady, UnsupportedModality
 from encode_server.media.sources import MediaSource
 from encode_server.modality import Modality
 from encode_server.pipeline.batcher import Batcher
+from encode_server.pipeline.cache import CacheKey, EmbeddingCache
 from encode_server.pipeline.pools import Pools, run, run_to_end
 from encode_server.pipeline.request import Encoded, EncodedItem, EncodeRequest, MediaItem
-from encode_server.pipeline.work import Work, layout, write_inputs
+from encode_server.pipeline.work import Placement, room_for
 from encode_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from encode_server.models.prepared import Prepared
     from encode_server.models.preprocess import Preprocessor
+
+
+LONG_MEDIA = 8 << 20  # bytes from which an item counts as a long job
+SMALL_MEDIA = 64 << 10  # bytes hashed on the loop, in less time than a change of threads
 
 
 class Pipeline:
@@ -40,39 +48,37 @@ class Pipeline:
         arena: Arena,
         engine: Supervisor,
         batcher: Batcher,
+        cache: EmbeddingCache,
         metrics: Metrics,
     ) -> None:
         self._model, self._preprocessor, self._source, self._pools = model, preprocessor, source, pools
-        self._arena, self._engine, self._batcher, self._metrics = arena, engine, batcher, metrics
+        self._long_jobs = asyncio.Semaphore(max(1, pools.preproc_workers * 3 // 4))
+        self._arena, self._engine, self._batcher, self._cache, self._metrics = arena, engine, batcher, cache, metrics
 
     @property
     def modalities(self) -> frozenset[Modality]:
         """What the model encodes."""
         return self._preprocessor.modalities
 
-    @contextlib.asynccontextmanager
-    async def encode(self, request: EncodeRequest) -> AsyncIterator[Encoded]:
-        """The embedding of a request, valid inside the `async with`; its slots are free after it, however it ends.
+    async def encode(self, request: EncodeRequest) -> Encoded:
+        """The embedding of a request. Its arena slots are free afterwards, however it ends.
 
         Raises EncodeError; one about an item names it. Cancellation ends what has not started.
         """
         if request.modality not in self.modalities:
             has = ", ".join(sorted(self.modalities))
             raise UnsupportedModality(f"this model has no encoder for {request.modality}, it takes: {has}")
-        info = await self._engine.wait_ready()
-        tasks: list[asyncio.Task[EncodedItem]] = []
+        info = await self._ready()
         try:
             async with asyncio.TaskGroup() as group:
-                for index, item in enumerate(request.items):
-                    tasks.append(group.create_task(self._encode_item(request, index, item)))
-            items = [task.result() for task in tasks]
-            yield Encoded(request.modality, self._model, info.dtype, info.dims[request.modality], items)
+                tasks = [
+                    group.create_task(self._encode_item(request, index, item))
+                    for index, item in enumerate(request.items)
+                ]
         except* EncodeError as errors:
             raise _first(errors) from None
-        finally:
-            for task in tasks:
-                if task.done() and not task.cancelled() and task.exception() is None:
-                    task.result().release()
+        items = [task.result() for task in tasks]
+        return Encoded(request.modality, self._model, info.dtype, info.dims[request.modality], items)
 
     async def _encode_item(self, request: EncodeRequest, index: int, item: MediaItem) -> EncodedItem:
         try:
@@ -82,62 +88,69 @@ class Pipeline:
 
     async def _through(self, request: EncodeRequest, item: MediaItem) -> EncodedItem:
         clock = _StageClock(request, self._metrics)
-        pool = self._pools.urgent if request.urgent else self._pools.preproc
         data = item.source if isinstance(item.source, bytes) else await self._source.fetch(item.source)
         clock.lap("fetch")
-        prepared, digest = await run(pool, self._prepare, request.modality, data, item)
-        del data
-        clock.lap("preprocess")
-        work = await self._place(request, prepared)
-        clock.lap("copy")
-        try:
-            self._batcher.submit(work)
-            await work.finished
-            clock.note("queue", work.queue_s)
-            clock.note("forward", work.forward_s)
-            encoded = EncodedItem(
-                ItemInfo(prepared.tokens, list(prepared.grid_thw) if prepared.grid_thw else None, digest),
-                prepared.extra,
-                work.embedding(),
-                work,
-            )
-            if len(request.items) > 1 or self._arena.contended:
-                # Its neighbours may take long, or others wait for the room.
-                await run_to_end(self._pools.send, encoded.detach)
-                encoded.release()
-            return encoded
-        except BaseException:
-            work.release()
-            raise
-
-    def _prepare(self, modality: Modality, data: bytes, item: MediaItem) -> tuple[Prepared, str]:
-        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        pool = self._pools.urgent if request.urgent else self._pools.preproc
+        digest = _digest(data) if len(data) <= SMALL_MEDIA else await run(pool, _digest, data)
         if item.content_hash is not None and item.content_hash.lower() != digest:
             raise BadRequest(f"content_hash is {item.content_hash!r}, the media's is {digest!r}")
-        self._metrics.preprocessed.labels(modality).inc()
-        return self._preprocessor.prepare(modality, data, item.options), digest
+        if request.urgent:
+            return await self._compute(request, item, data, digest)
 
-    async def _place(self, request: EncodeRequest, prepared: Prepared) -> Work:
+        key = CacheKey(request.modality, digest, item.options)
+        kept, cached = await self._cache.get(key, lambda: self._compute(request, item, data, digest))
+        return replace(kept, info=msgspec.structs.replace(kept.info, cached=cached))
+
+    async def _compute(self, request: EncodeRequest, item: MediaItem, data: bytes, digest: str) -> EncodedItem:
+        """Preprocess and forward one item."""
+        clock = _StageClock(request, self._metrics)
+        prepared = await self._prepare(request, item, data)
+        clock.lap("preprocess")
+        placement = await self._place(request, prepared)
+        clock.lap("copy")
+        try:
+            self._batcher.submit(placement)
+            await placement.finished
+            # To the heap at once: a slow or late destination must not hold room that the next batch needs.
+            pool = self._pools.urgent if request.urgent else self._pools.send
+            embedding = await run_to_end(pool, placement.copy_embedding)
+        finally:
+            placement.release()
+        clock.note("queue", placement.queue_s)
+        clock.note("forward", placement.forward_s)
+        grid = list(prepared.grid_thw) if prepared.grid_thw else None
+        return EncodedItem(ItemInfo(prepared.tokens, grid, digest), prepared.extra, embedding)
+
+    async def _prepare(self, request: EncodeRequest, item: MediaItem, data: bytes) -> Prepared:
+        """Decode and preprocess. Long jobs never take all threads, so that a picture need not wait for a film."""
+        if request.urgent:
+            return await run(self._pools.urgent, self._preprocessor.prepare, request.modality, data, item.options)
+        long = request.modality is Modality.VIDEO or len(data) > LONG_MEDIA
+        async with self._long_jobs if long else contextlib.nullcontext():
+            prepared = await run(self._pools.preproc, self._preprocessor.prepare, request.modality, data, item.options)
+        self._metrics.preprocessed.labels(request.modality).inc()
+        return prepared
+
+    async def _ready(self) -> EncoderInfo:
+        try:
+            return await self._engine.wait_ready()
+        except GroupLost as lost:
+            raise NotReady(f"the encoder is not available: {lost}") from None
+
+    async def _place(self, request: EncodeRequest, prepared: Prepared) -> Placement:
         """Reserve room for the item's tensors and its embedding, and copy the tensors in."""
-        info = await self._engine.wait_ready()
+        info = await self._ready()
         dim = info.dims[request.modality]
-        slots = await self._arena.acquire(layout(prepared, dim, info.dtype), urgent=request.urgent)
+        pieces = self._preprocessor.split(prepared, self._batcher.budget(request.modality))
+        slots = await self._arena.acquire(room_for(pieces, dim, info.dtype), urgent=request.urgent)
+        placement = Placement(self._arena, request.modality, request.deadline, slots, urgent=request.urgent)
         try:
             pool = self._pools.urgent if request.urgent else self._pools.preproc
-            inputs = await run_to_end(pool, write_inputs, self._arena, slots[0], prepared)
+            await run_to_end(pool, placement.fill, pieces, dim, info.dtype)
         except BaseException:
-            self._arena.release(*slots)
+            placement.release()
             raise
-        return Work(
-            arena=self._arena,
-            modality=request.modality,
-            cost=prepared.cost,
-            deadline=request.deadline,
-            item=ItemRef(inputs, TensorRef("embedding", info.dtype, (prepared.tokens, dim), slots[1].offset)),
-            input_slot=slots[0],
-            output_slot=slots[1],
-            urgent=request.urgent,
-        )
+        return placement
 
 
 class _StageClock:
@@ -153,6 +166,10 @@ class _StageClock:
         self._request.spent(stage, seconds)
         if not self._request.urgent:
             self._metrics.stage.labels(stage).observe(seconds)
+
+
+def _digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def _first(errors: BaseExceptionGroup[EncodeError]) -> EncodeError:

@@ -15,6 +15,7 @@ class Pools:
     """`preproc`: fetch, decode, preprocess, copy in. `send`: copy out, encode answers. `urgent`: the health probe's."""
 
     def __init__(self, preproc_workers: int, send_workers: int) -> None:
+        self.preproc_workers = preproc_workers
         self.preproc = ThreadPoolExecutor(preproc_workers, "preproc")
         self.send = ThreadPoolExecutor(send_workers, "send")
         self.urgent = ThreadPoolExecutor(1, "urgent")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, field
 
 from encode_server.delivery.frames import ItemInfo
 from encode_server.modality import Modality
 from encode_server.models.prepared import ItemOptions
-from encode_server.pipeline.work import Work
+from encode_server.pipeline.work import embedding_bytes
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,13 @@ class EncodeRequest:
         return max(0.0, self.deadline - time.monotonic())
 
 
-@dataclass
+@dataclass(frozen=True)
 class EncodedItem:
-    """An item's embedding: `data` holds `tokens` × dim values, in the arena while `work` is set, else on the heap."""
+    """An item's embedding: `data` holds tokens × dim values on the heap, never written to again."""
 
     info: ItemInfo
     extra: dict[str, float | int | list[float] | list[int]]
     data: memoryview
-    work: Work | None
-
-    def detach(self) -> None:
-        """Move the embedding to the heap and free its slot. Copies: call it in a worker thread's turn."""
-        if self.work is not None:
-            self.data = memoryview(bytes(self.data))
-
-    def release(self) -> None:
-        """Free the arena slot, if any; `data` is then valid only if it was detached."""
-        if self.work is not None:
-            self.work.release()
-            self.work = None
 
 
 @dataclass
@@ -81,7 +68,7 @@ class Encoded:
     @property
     def nbytes(self) -> int:
         """Size of the embedding in bytes."""
-        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+        return embedding_bytes(*self.shape, self.dtype)
 
     def contiguous(self) -> memoryview:
         """The whole embedding as one buffer: the item's own where there is one item, else a copy."""

@@ -1,11 +1,12 @@
-"""One media item on its way through the engine, and the owner of its arena slots."""
+"""Media items on their way through the engine: their place in the arena, and the pieces of work they are cut into."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,110 +17,140 @@ from encode_server.engine.messages import ItemRef, TensorRef
 from encode_server.modality import Modality
 
 if TYPE_CHECKING:
+    import torch
+
     from encode_server.models.prepared import Prepared
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class WorkState(StrEnum):
-    """Where an item is between its preprocessing and the release of its slots."""
+    """Where a piece of work is."""
 
     QUEUED = "queued"
     IN_FLIGHT = "in flight"
-    DONE = "done"
-    RELEASED = "released"
+    ENDED = "ended"
 
 
 @dataclass(eq=False)
 class Work:
-    """An item whose tensors lie in the arena. `release` is the one place where its slots go back.
+    """What goes into a batch: an item, or a piece of a large one. `cost` in encoder tokens."""
 
-    A release while a forward is in flight takes effect when the ranks are done with it: they still read and write.
-    An item whose ranks were lost stays in flight until it is sent to others: the old ones may not be dead yet.
-    """
-
-    arena: Arena
-    modality: Modality
-    cost: int
-    deadline: float  # of time.monotonic()
+    placement: Placement
     item: ItemRef
-    input_slot: Slot | None
-    output_slot: Slot | None
-    urgent: bool = False
-    failures: int = 0
-    queued_at: float = field(default_factory=time.monotonic)
+    cost: int
     state: WorkState = WorkState.QUEUED
-    abandoned: bool = False
-    finished: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    queue_s: float = 0.0
-    forward_s: float = 0.0
+    failures: int = 0  # how often the ranks were lost while they executed it
 
     def start(self) -> None:
-        """It goes into a batch."""
+        """It goes into a batch. It stays in flight when the ranks are lost: they may not be dead yet."""
         self.state = WorkState.IN_FLIGHT
-        self.queue_s = time.monotonic() - self.queued_at
+        self.placement.started()
 
     def complete(self, forward_s: float) -> None:
-        """The embedding lies in the output slot; the inputs are not needed any more."""
-        self.forward_s = forward_s
-        self._end()
-        if not self.finished.done():
-            self.finished.set_result(None)
+        """Its part of the embedding is written."""
+        self.state = WorkState.ENDED
+        self.placement.work_ended(forward_s)
 
     def fail(self, error: Exception) -> None:
-        """It ends without an embedding."""
-        self._end()
+        """It ends without an embedding, and its item with it."""
+        self.state = WorkState.ENDED
+        self.placement.work_failed(error)
+
+
+class Placement:
+    """One item in the arena: owner of its slots, for its tensors and for its embedding.
+
+    `finished` ends when all its work has, or when one piece failed. `release` is the one place where the slots go back;
+    while a forward is in flight it takes effect when the ranks are done: they still read and write.
+    """
+
+    def __init__(
+        self, arena: Arena, modality: Modality, deadline: float, slots: Sequence[Slot], *, urgent: bool = False
+    ) -> None:
+        self.modality, self.deadline, self.urgent = modality, deadline, urgent
+        self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.works: list[Work] = []
+        self.abandoned = False
+        self.queue_s = 0.0  # from the queueing of the item to its first batch
+        self.forward_s = 0.0  # of its batches, summed
+        self._arena = arena
+        self._input, self._output = slots[0], slots[1]
+        self._held = list(slots)
+        self._placed_at = time.monotonic()
+        self._size = 0
+
+    def fill(self, pieces: Sequence[Prepared], dim: int, dtype: str) -> None:
+        """Copy the pieces' tensors in, and lay out their work. Large copies: call it in a worker thread."""
+        source, target = self._input.offset, self._output.offset
+        for piece in pieces:
+            inputs = []
+            for name, tensor in piece.tensors.items():
+                inputs.append(self._write(name, tensor, source))
+                source += _aligned(_nbytes(tensor))
+            output = TensorRef("embedding", dtype, (piece.tokens, dim), target)
+            target += embedding_bytes(piece.tokens, dim, dtype)
+            self.works.append(Work(self, ItemRef(tuple(inputs), output), piece.cost))
+        self._size = target - self._output.offset
+
+    def copy_embedding(self) -> memoryview:
+        """The embedding's bytes, row-major, little-endian, on the heap. Call it in a worker thread."""
+        return np.frombuffer(self._arena.view(self._output.offset, self._size), np.uint8).copy().data
+
+    def release(self) -> None:
+        """Give everything back, now or when the ranks are done with it. May be called again."""
+        self.abandoned = True
+        self._give_back()
+
+    def started(self) -> None:
+        """One of its works goes into a batch."""
+        if not self.queue_s:
+            self.queue_s = time.monotonic() - self._placed_at
+
+    def work_ended(self, forward_s: float) -> None:
+        """One of its works is done."""
+        self.forward_s += forward_s
+        if all(work.state is WorkState.ENDED for work in self.works):
+            if self._input in self._held:
+                self._held.remove(self._input)
+                self._arena.release(self._input)
+            if not self.finished.done():
+                self.finished.set_result(None)
+        self._give_back()
+
+    def work_failed(self, error: Exception) -> None:
+        """One of its works came to nothing; the rest is not wanted any more."""
         if not self.finished.done():
             self.finished.set_exception(error)
             self.finished.exception()  # its owner may be gone
         self.release()
 
-    def embedding(self) -> memoryview:
-        """The embedding's bytes in the arena, row-major, little-endian; valid until `release`."""
-        output = self.item.output
-        return self.arena.view(output.offset, math.prod(output.shape) * DTYPE_BYTES[output.dtype])
+    def _give_back(self) -> None:
+        if self.abandoned and not any(work.state is WorkState.IN_FLIGHT for work in self.works):
+            self._arena.release(*self._held)
+            self._held.clear()
 
-    def release(self) -> None:
-        """Give everything back. May be called again, and in any state."""
-        if self.state is WorkState.IN_FLIGHT:
-            self.abandoned = True
-            return
-        self.state = WorkState.RELEASED
-        self._give_input()
-        if self.output_slot is not None:
-            self.arena.release(self.output_slot)
-            self.output_slot = None
-
-    def _end(self) -> None:
-        self.state = WorkState.DONE
-        self._give_input()
-        if self.abandoned:
-            self.release()
-
-    def _give_input(self) -> None:
-        if self.input_slot is not None:
-            self.arena.release(self.input_slot)
-            self.input_slot = None
-
-
-def layout(prepared: Prepared, dim: int, dtype: str) -> tuple[int, int]:
-    """Bytes that the item's tensors and its embedding ([tokens, dim] of `dtype`) take in the arena."""
-    inputs = sum(_aligned(t.numel() * t.element_size()) for t in prepared.tensors.values())
-    return inputs, prepared.tokens * dim * DTYPE_BYTES[dtype]
-
-
-def write_inputs(arena: Arena, slot: Slot, prepared: Prepared) -> tuple[TensorRef, ...]:
-    """Copy the tensors into the slot (in a worker thread: large copies) and say where they are."""
-    refs = []
-    offset = slot.offset
-    for name, tensor in prepared.tensors.items():
-        size = tensor.numel() * tensor.element_size()
+    def _write(self, name: str, tensor: torch.Tensor, offset: int) -> TensorRef:
+        size = _nbytes(tensor)
         if size:
             source = tensor.contiguous().view(-1).numpy().view(np.uint8)
-            np.copyto(np.frombuffer(arena.view(offset, size), np.uint8), source)
-        refs.append(TensorRef(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset))
-        offset += _aligned(size)
-    return tuple(refs)
+            np.copyto(np.frombuffer(self._arena.view(offset, size), np.uint8), source)
+        return TensorRef(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), offset)
+
+
+def room_for(pieces: Sequence[Prepared], dim: int, dtype: str) -> tuple[int, int]:
+    """Bytes that the pieces' tensors, and their embedding ([tokens, dim] of `dtype`), take in the arena."""
+    inputs = sum(_aligned(_nbytes(tensor)) for piece in pieces for tensor in piece.tensors.values())
+    return inputs, sum(embedding_bytes(piece.tokens, dim, dtype) for piece in pieces)
+
+
+def embedding_bytes(tokens: int, dim: int, dtype: str) -> int:
+    """Bytes of [tokens, dim] values."""
+    return math.prod((tokens, dim, DTYPE_BYTES[dtype]))
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _aligned(size: int) -> int:

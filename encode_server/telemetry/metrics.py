@@ -37,6 +37,10 @@ class Metrics:
             buckets=TOKEN_BUCKETS,
             registry=self.registry,
         )
+        self.cache = Counter(
+            "encode_cache", "Items looked up in the cache, by outcome", ["outcome"], registry=self.registry
+        )
+        self.cache_bytes = Gauge("encode_cache_bytes", "Bytes of embeddings in the cache", registry=self.registry)
         self.dropped = Counter(
             "encode_dropped_items", "Items ended before their forward, by reason", ["reason"], registry=self.registry
         )

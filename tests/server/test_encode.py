@@ -168,7 +168,7 @@ def test_media_is_preprocessed_once_whatever_tp_is(tp2, picture):
 
     async def encode():
         async with EncodeClient(tp2.base_url) as client:
-            await asyncio.gather(*(client.encode([picture(56, 56, i)], "image") for i in range(10)))
+            await asyncio.gather(*(client.encode([picture(56, 56, 9000 + i)], "image") for i in range(10)))
 
     asyncio.run(encode())
     assert preprocessed() - before == 10

@@ -1,0 +1,92 @@
+"""The embedding cache: content-addressed, bounded in bytes, least recently used out first, one encode per content.
+
+The key is made of what this server computed itself: the SHA-256 of the media's bytes, the modality, and the options
+that change the result. The model, its revision and dtype are fixed for a server's life, and the cache lives no longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from encode_server.errors import EncodeError
+from encode_server.modality import Modality
+from encode_server.models.prepared import ItemOptions
+from encode_server.pipeline.request import EncodedItem
+from encode_server.telemetry.metrics import Metrics
+
+ENTRY_OVERHEAD = 1024  # bytes counted for an entry beside its embedding
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What an embedding depends on. `digest`: `sha256:<hex>` of the media's bytes, computed by this server."""
+
+    modality: Modality
+    digest: str
+    options: ItemOptions
+
+
+class EmbeddingCache:
+    """Holds up to `max_bytes` of embeddings; with 0 it holds none, and identical items still share one encode."""
+
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self._max_bytes, self._metrics = max_bytes, metrics
+        self._entries: OrderedDict[CacheKey, EncodedItem] = OrderedDict()
+        self._flights: dict[CacheKey, asyncio.Future[EncodedItem]] = {}
+        self.bytes = 0
+
+    async def get(self, key: CacheKey, compute: Callable[[], Awaitable[EncodedItem]]) -> tuple[EncodedItem, bool]:
+        """The embedding for `key`, and whether it was there or on its way already.
+
+        One caller computes, the others wait for it. When that one fails for a reason of its own (cancelled, out of
+        time, ranks lost), a waiting one computes in its place; an error of the media itself is everybody's.
+        """
+        while True:
+            if (entry := self._entries.get(key)) is not None:
+                self._entries.move_to_end(key)
+                self._metrics.cache.labels("hit").inc()
+                return entry, True
+            if (flight := self._flights.get(key)) is None:
+                self._metrics.cache.labels("miss").inc()
+                return await self._lead(key, compute), False
+            await asyncio.wait((flight,))
+            if flight.cancelled():
+                continue
+            error = flight.exception()
+            if error is None:
+                self._metrics.cache.labels("shared").inc()
+                return flight.result(), True
+            if isinstance(error, EncodeError) and error.status < 500 and error.status != 429:
+                raise type(error)(error.message, headers=error.headers)
+
+    async def _lead(self, key: CacheKey, compute: Callable[[], Awaitable[EncodedItem]]) -> EncodedItem:
+        flight: asyncio.Future[EncodedItem] = asyncio.get_running_loop().create_future()
+        self._flights[key] = flight
+        try:
+            item = await compute()
+        except asyncio.CancelledError:
+            flight.cancel()
+            raise
+        except BaseException as error:
+            flight.set_exception(error)
+            flight.exception()  # nobody may be waiting
+            raise
+        else:
+            flight.set_result(item)
+            self._keep(key, item)
+            return item
+        finally:
+            del self._flights[key]
+
+    def _keep(self, key: CacheKey, item: EncodedItem) -> None:
+        size = item.data.nbytes + ENTRY_OVERHEAD
+        if size > self._max_bytes:
+            return
+        self._entries[key] = item
+        self.bytes += size
+        while self.bytes > self._max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self.bytes -= oldest.data.nbytes + ENTRY_OVERHEAD

@@ -1,0 +1,30 @@
+"""The head of a safetensors file with one tensor: what comes before its bytes.
+
+Format: https://github.com/huggingface/safetensors#format. Written here, not by the library, because it has no bfloat16
+without torch, and would copy the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def tensor_head(name: str, dtype: str, shape: tuple[int, int], nbytes: int, metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON header of a file whose `nbytes` bytes of tensor `name` follow directly."""
+    tensor = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": (0, nbytes)}
+    header = json.dumps({"__metadata__": dict(metadata), name: tensor}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def expected_size(start: bytes) -> int | None:
+    """Bytes of a whole file, from its first ones; None when they are not the start of such a file."""
+    length = int.from_bytes(start[:8], "little")
+    try:
+        header = json.loads(start[8 : 8 + length])
+        return 8 + length + max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+        return None
