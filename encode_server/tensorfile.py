@@ -25,6 +25,7 @@ def expected_size(start: bytes) -> int | None:
     length = int.from_bytes(start[:8], "little")
     try:
         header = json.loads(start[8 : 8 + length])
-        return 8 + length + max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return 8 + length + int(max(ends))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
