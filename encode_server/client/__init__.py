@@ -1,4 +1,5 @@
-"""What a prefill scheduler imports: `EncodeClient` asks for embeddings, `EmbeddingReceiver` takes the pushed ones.
+"""What a prefill scheduler imports: `EncodeClient` asks one encoder for embeddings, `EncoderPool` asks several,
+`EmbeddingReceiver` takes the pushed ones.
 
 Importing this package costs no torch, httpx or numpy; each is imported where it is first needed.
 
@@ -18,6 +19,7 @@ from encode_server.client.errors import (
 )
 from encode_server.client.http import Delivered, EncodeClient, Health
 from encode_server.client.media import Item, Media
+from encode_server.client.pool import EncoderPool, EncoderState
 from encode_server.client.receiver import EmbeddingReceiver
 from encode_server.delivery.frames import ItemInfo
 from encode_server.modality import Modality
@@ -29,6 +31,8 @@ __all__ = [
     "EmbeddingReceiver",
     "EncodeClient",
     "EncodeServerError",
+    "EncoderPool",
+    "EncoderState",
     "Health",
     "Item",
     "ItemInfo",

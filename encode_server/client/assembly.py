@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from encode_server.client.embedding import Embedding, check_size
+from encode_server.client.embedding import Embedding, check_size, join
 from encode_server.client.errors import EncodeServerError, ProtocolError
 from encode_server.delivery.frames import EmbeddingHeader, decode_header
 
@@ -93,7 +93,7 @@ class Assembly:
         first = parts[0].header
         if len({(h.model, h.modality, h.dtype, h.shape[1]) for h in (part.header for part in parts)}) > 1:
             raise ProtocolError(f"the parts of {self.req_id!r} differ in model, modality, dtype or dim")
-        data = parts[0].data if len(parts) == 1 else await asyncio.to_thread(_join, [part.data for part in parts])
+        data = parts[0].data if len(parts) == 1 else await asyncio.to_thread(join, [part.data for part in parts])
         return Embedding(
             req_id=self.req_id,
             model=first.model,
@@ -103,10 +103,3 @@ class Assembly:
             items=tuple(item for part in parts for item in part.header.items),
             data=data,
         )
-
-
-def _join(pieces: list[memoryview]) -> memoryview:
-    import numpy as np
-
-    # numpy copies without the GIL; bytes.join keeps it for anything but bytes.
-    return np.concatenate([np.frombuffer(piece, dtype=np.uint8) for piece in pieces]).data

@@ -19,6 +19,7 @@ class EarlyParts:
         self.max_age = max_age
         self.held_bytes = 0
         self._assemblies: dict[str, tuple[Assembly, asyncio.TimerHandle]] = {}
+        self._refused: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._assemblies)
@@ -26,6 +27,8 @@ class EarlyParts:
     def add(self, part: Part) -> bool:
         """Takes a part in; False for one that is here already. Raises `ProtocolError` if it contradicts the others."""
         req_id = part.header.req_id
+        if req_id in self._refused:
+            return False
         if req_id in self._assemblies:
             assembly = self._assemblies[req_id][0]
         else:
@@ -48,6 +51,13 @@ class EarlyParts:
         expiry.cancel()
         self.held_bytes -= assembly.cost
         return assembly
+
+    def refuse(self, req_id: str) -> None:
+        """Forgets a request, and takes nothing in for it for the next `max_age` seconds."""
+        self.take(req_id)
+        if req_id not in self._refused:
+            self._refused.add(req_id)
+            asyncio.get_running_loop().call_later(self.max_age, self._refused.discard, req_id)
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,41 @@ if TYPE_CHECKING:
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes per element of each dtype an embedding may have."""
+
+
+async def in_order(req_id: str, parts: Sequence[tuple[Sequence[int], Embedding]]) -> Embedding:
+    """One embedding from several, each with the places its items have in the whole.
+
+    A single part keeps its memory, several are joined by one copy in a thread. Raises `ProtocolError` when they differ
+    in model, modality, dtype or dim, or hold other items than those.
+    """
+    first = parts[0][1]
+    if len({(part.model, part.modality, part.dtype, part.shape[1]) for _, part in parts}) > 1:
+        raise ProtocolError(f"the parts of {req_id!r} differ in model, modality, dtype or dim")
+    items: dict[int, tuple[ItemInfo, memoryview]] = {}
+    for places, part in parts:
+        if len(places) != len(part.items):
+            raise ProtocolError(f"{len(part.items)} items came for {req_id!r} where {len(places)} were expected")
+        items |= zip(places, zip(part.items, part.rows_of_items(), strict=True), strict=True)
+    ordered = [items[place] for place in sorted(items)]
+    data = first.data if len(parts) == 1 else await asyncio.to_thread(join, [rows for _, rows in ordered])
+    return Embedding(
+        req_id=req_id,
+        model=first.model,
+        modality=first.modality,
+        dtype=first.dtype,
+        shape=(sum(part.shape[0] for _, part in parts), first.shape[1]),
+        items=tuple(info for info, _ in ordered),
+        data=data,
+    )
+
+
+def join(pieces: Sequence[memoryview]) -> memoryview:
+    """The pieces one after another, copied. Takes its time: call it in a thread."""
+    import numpy as np
+
+    # numpy copies without the GIL; bytes.join keeps it for anything but bytes.
+    return np.concatenate([np.frombuffer(piece, dtype=np.uint8) for piece in pieces]).data
 
 
 def check_size(dtype: str, shape: tuple[int, int], nbytes: int) -> None:
@@ -46,6 +83,17 @@ class Embedding:
 
     def __post_init__(self) -> None:
         check_size(self.dtype, self.shape, self.data.nbytes)
+
+    def rows_of_items(self) -> list[memoryview]:
+        """The bytes of each item's rows, views of `data`. Raises `ProtocolError` when the items have other rows."""
+        if sum(item.tokens for item in self.items) != self.shape[0]:
+            raise ProtocolError(f"the items of {self.req_id!r} do not have {self.shape[0]} rows together")
+        rows, row_bytes, start = [], self.shape[1] * ITEM_SIZES[self.dtype], 0
+        for item in self.items:
+            end = start + item.tokens * row_bytes
+            rows.append(self.data[start:end])
+            start = end
+        return rows
 
     def numpy(self) -> np.ndarray[Any, Any]:
         """The values as an array [tokens, dim].

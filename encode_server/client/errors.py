@@ -26,7 +26,14 @@ class EncodeServerError(ClientError):
 
 
 class ServerUnreachable(ClientError):
-    """No connection, or one that broke before the answer was complete. Another encoder may do better."""
+    """No connection, or one that broke before the answer was complete. Another encoder may do better.
+
+    `connected`: whether there was a connection, so that the server may have begun the work.
+    """
+
+    def __init__(self, message: str, *, connected: bool = True) -> None:
+        super().__init__(message)
+        self.connected = connected
 
 
 class ProtocolError(ClientError):

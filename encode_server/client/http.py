@@ -25,7 +25,7 @@ SEND_BYTES = 512 * 1024
 
 
 class Delivered(msgspec.Struct, frozen=True):
-    """The server's word that it pushed an embedding of `shape` = [tokens, dim] and `dtype` to its destination."""
+    """The server's word that an embedding of `shape` = [tokens, dim] and `dtype` is where it was to go."""
 
     req_id: str
     dtype: str
@@ -134,11 +134,22 @@ class EncodeClient:
         """
         fields = _fields(modality, req_id, num_parts, part_idx)
         fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port}
-        body = await self._post(media, fields, "application/json", timeout_s)
-        try:
-            return msgspec.json.decode(body, type=Delivered)
-        except (ValueError, RecursionError) as exc:
-            raise ProtocolError(f"the answer cannot be read: {exc}") from exc
+        return await self._deliver(media, fields, timeout_s)
+
+    async def store(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        req_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Delivered:
+        """Has each item's embedding written into the server's `--ec-store`, named by the item's `uuid`.
+
+        `media` are `Item`s with a `uuid`. Returns once all are in place. The other arguments are those of `encode`.
+        """
+        fields = _fields(modality, req_id, 1, 0) | {"delivery": "ec_store"}
+        return await self._deliver(media, fields, timeout_s)
 
     async def health(self, *, timeout: float = 5.0) -> Health:
         """What `/health` says within `timeout` seconds. A sick or loading server (503) is an answer, not an error."""
@@ -147,6 +158,13 @@ class EncodeClient:
             return Health(status, msgspec.json.decode(body, type=dict[str, Any]))
         except (ValueError, RecursionError):
             raise error_from(status, body, None) from None
+
+    async def _deliver(self, media: Sequence[Media], fields: dict[str, object], timeout_s: float | None) -> Delivered:
+        body = await self._post(media, fields, "application/json", timeout_s)
+        try:
+            return msgspec.json.decode(body, type=Delivered)
+        except (ValueError, RecursionError) as exc:
+            raise ProtocolError(f"the answer cannot be read: {exc}") from exc
 
     async def _post(
         self, media: Sequence[Media], fields: dict[str, object], accept: str, timeout_s: float | None
@@ -183,7 +201,9 @@ class EncodeClient:
         except TimeoutError as exc:
             raise TimeoutError(f"no answer from {self.base_url}{path} within {limit:g} s") from exc
         except httpx.RequestError as exc:
-            raise ServerUnreachable(f"{self.base_url}{path}: {exc or type(exc).__name__}") from exc
+            connected = not isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout)
+            message = f"{self.base_url}{path}: {exc or type(exc).__name__}"
+            raise ServerUnreachable(message, connected=connected) from exc
 
 
 def _fields(modality: Modality | str, req_id: str | None, num_parts: int, part_idx: int) -> dict[str, object]:

@@ -118,6 +118,10 @@ class EmbeddingReceiver:
             del self._waiting[req_id]
         return await assembly.embedding()
 
+    def forget(self, req_id: str) -> None:
+        """Drops what has come for `req_id` and, for the next `max_early_age` seconds, what still comes."""
+        self._early.refuse(req_id)
+
     async def _receive_all(self, socket: zmq.asyncio.Socket) -> None:
         try:
             while True:
