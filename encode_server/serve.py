@@ -7,8 +7,9 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import time
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 
 import uvicorn
 import uvloop
@@ -44,6 +45,7 @@ def serve(settings: Settings) -> int:
         failures.append(reason)
         server.should_exit = True
 
+    _check_tls(settings)
     with bind(settings.host, settings.port) as listener:
         app = create_app(settings, on_fatal=fail)
         server = _Uvicorn(
@@ -52,25 +54,48 @@ def serve(settings: Settings) -> int:
                 http="httptools",
                 log_config=None,
                 access_log=False,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_keyfile=settings.ssl_keyfile,
                 timeout_graceful_shutdown=max(1, round(settings.grace_s)),
             )
         )
         host, port = listener.getsockname()[:2]
+        app.state.server.port = port
         log.info("serving %s on http://%s:%d, loading", settings.model, host, port)
-        uvloop.run(_until_signalled(server, listener))
+        uvloop.run(_until_signalled(server, listener, app.state.server.drain))
     if failures:
         raise StartupError(failures[0])
     return 0
 
 
-async def _until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:
+def _check_tls(settings: Settings) -> None:
+    """Say in one line what uvicorn would say in a traceback."""
+    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
+        raise StartupError("--ssl-certfile and --ssl-keyfile go together: one is missing")
+    if settings.ssl_certfile is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+                settings.ssl_certfile, settings.ssl_keyfile
+            )
+        except (OSError, ssl.SSLError) as error:
+            raise StartupError(f"--ssl-certfile, --ssl-keyfile: {error.strerror or error}") from None
+
+
+async def _until_signalled(
+    server: uvicorn.Server, listener: socket.socket, drain: Callable[[], Awaitable[None]]
+) -> None:
     first: float | None = None
+    leaving: asyncio.Task[None] | None = None
+
+    async def go() -> None:
+        await drain()
+        server.should_exit = True
 
     def leave() -> None:
-        nonlocal first
+        nonlocal first, leaving
         if first is None:
             first = time.monotonic()
-            server.should_exit = True
+            leaving = asyncio.create_task(go())
         elif time.monotonic() - first > SAME_SIGNAL_S:
             log.warning("a second signal: leaving at once")
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would show the cancelled lifespan

@@ -8,8 +8,16 @@ import os
 import time
 from collections.abc import Callable
 
+from encode_server.api.keys import ApiKeys
+from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
+from encode_server.delivery.folder import EntryFolder
 from encode_server.delivery.push import Pusher
+from encode_server.delivery.sglang import SGLangDeliveries
+from encode_server.delivery.sglang_frames import SGLangFrames
+from encode_server.delivery.store import EmbeddingStore
+from encode_server.delivery.undelivered import Undelivered
+from encode_server.discovery import Announcer, advertised_host
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec
 from encode_server.engine.rundir import sweep_stale
@@ -21,12 +29,13 @@ from encode_server.media.sources import MediaSource
 from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint, resolve
 from encode_server.models.registry import Summary, check_tp, summarize
-from encode_server.pipeline.admission import Admission
+from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import EmbeddingCache
 from encode_server.pipeline.health import HealthProbe, Verdict
 from encode_server.pipeline.pipeline import Pipeline
 from encode_server.pipeline.pools import Pools
+from encode_server.profiling import Profiling
 from encode_server.settings import Settings
 from encode_server.telemetry.metrics import Metrics
 
@@ -52,7 +61,16 @@ class Server:
         self.pools = Pools(settings.preproc_workers, settings.send_workers)
         self._source = _media_source(settings, self._limits, self.pools)
         self.destinations = DestinationPolicy(settings.destination_allow)
-        self.admission = Admission(settings.max_requests, self.metrics)
+        self.store = _embedding_store(settings, self.pools)
+        self.active = ActiveParts()
+        self.undelivered = Undelivered(settings.undelivered_mb << 20)
+        self._profiling = Profiling(settings.profile_dir)
+        self.port = settings.port  # whoever binds the socket corrects it
+        limits = AdmissionLimits(
+            settings.max_requests, settings.max_inflight_mb << 20, settings.max_inflight_tokens, settings.client_share
+        )
+        self.admission = Admission(limits, self.metrics)
+        self.keys = ApiKeys(settings.api_keys)
         self._spec = GroupSpec(
             path=str(self._checkpoint.path),
             world=settings.tp,
@@ -60,13 +78,15 @@ class Server:
             dtype=settings.dtype,
             checkpoint_dtype=summary.dtype,
             threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
-            trust_remote_code=settings.trust_remote_code,
         )
         self.fatal: str | None = None
         self.pipeline: Pipeline
         self.pusher: Pusher
+        self.sglang: SGLangDeliveries
+        self._announcer: Announcer
         self._health: HealthProbe | None = None
         self._warm = False
+        self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self, on_fatal: Callable[[str], None]) -> None:
@@ -80,6 +100,16 @@ class Server:
         settings = self.settings
         self._arena = Arena(settings.arena_mb << 20)
         self.pusher = Pusher(settings.send_timeout_s)
+        frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
+        self.sglang = SGLangDeliveries(self.pusher, frames, self.pools.send, settings.send_timeout_s)
+        self._announcer = Announcer(
+            settings.register_url,
+            "https" if settings.ssl_certfile else "http",
+            advertised_host(settings.advertise_host, settings.host),
+            settings.advertise_port or self.port,
+            lambda: self.not_ready() is None,
+        )
+        self._announcer.start()
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         self._engine = Supervisor(self._spec, self._arena, options, self._fail)
         budgets = {
@@ -89,23 +119,42 @@ class Server:
         }
         self._batcher = Batcher(self._engine, budgets, self.metrics)
         self._cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), self.metrics)
+        if self.store is not None:
+            self._tasks.append(asyncio.create_task(self.store.run()))
         for work in (self._engine.run(), self._batcher.run(), self._load_processors(), self._watch_lag()):
             self._tasks.append(asyncio.create_task(work))
 
     async def stop(self) -> None:
         """Release everything. Requests still in work end with 503."""
+        await self._announcer.aclose()
         if self._health is not None:
             await self._health.close()
         for task in reversed(self._tasks):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         self.pools.close()
+        self.sglang.close()
         self.pusher.close()
         await self._source.aclose()
         self._arena.close()
 
+    async def drain(self) -> None:
+        """Withdraw what brings requests here, then take no new ones; those accepted go on."""
+        await self._announcer.withdraw()
+        self._draining = True
+
+    async def start_profile(self, forwards: int | None) -> None:
+        """See `Profiling.start`."""
+        await self._profiling.start(self._engine, forwards)
+
+    async def stop_profile(self) -> list[str]:
+        """See `Profiling.stop`."""
+        return await self._profiling.stop(self._engine)
+
     def not_ready(self) -> str | None:
         """Why requests are not taken, or None when they are."""
+        if self._draining:
+            return "the server is stopping"
         if self.fatal is not None:
             return self.fatal
         if not self._engine.ready:
@@ -159,6 +208,7 @@ class Server:
             engine=self._engine,
             batcher=self._batcher,
             cache=self._cache,
+            max_item_tokens=self.settings.max_item_tokens,
             metrics=self.metrics,
         )
         self._health = HealthProbe(self.pipeline, self._engine, self._batcher, media, self.settings.stall_s)
@@ -204,6 +254,14 @@ def _media_source(settings: Settings, limits: MediaLimits, pools: Pools) -> Medi
         return MediaSource(settings.media_allow, settings.media_roots, limits, pools.preproc)
     except ValueError as error:
         raise StartupError(f"--media-roots: {error}") from None
+
+
+def _embedding_store(settings: Settings, pools: Pools) -> EmbeddingStore | None:
+    if settings.ec_store is None:
+        return None
+    age_s = settings.ec_store_age_s
+    folder = EntryFolder(settings.ec_store, max_bytes=int(settings.ec_store_gb * (1 << 30)), max_age_s=age_s)
+    return EmbeddingStore(folder, age_s, pools.send)
 
 
 def media_limits(settings: Settings) -> MediaLimits:

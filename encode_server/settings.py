@@ -17,6 +17,7 @@ from encode_server.errors import StartupError
 ENV_PREFIX = "ENCODE_SERVER_"
 
 CommaList = Annotated[tuple[str, ...], NoDecode]
+MODULE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
 
 
 class Settings(BaseSettings):
@@ -34,15 +35,18 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's on CUDA, float32 on a CPU without fast bfloat16"
     )
-    trust_remote_code: bool = Field(
-        False, description="run Python code that comes with the checkpoint, with this server's rights"
-    )
 
     # HTTP.
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     max_body_mb: int = Field(128, ge=1, description="largest request body")
     max_items: int = Field(256, ge=1, description="most media items in one request")
+
+    api_keys: CommaList = Field(
+        (), description="keys of which /encode wants one as `Authorization: Bearer`; better set by the variable"
+    )
+    ssl_certfile: str | None = Field(None, description="certificate chain in PEM: serve HTTPS")
+    ssl_keyfile: str | None = Field(None, description="its private key in PEM")
 
     # Pools, batches, memory.
     preproc_workers: int = Field(8, ge=1, le=256, description="threads that decode and preprocess media")
@@ -68,6 +72,16 @@ class Settings(BaseSettings):
 
     # Limits.
     max_requests: int = Field(1024, ge=1, description="requests in work; beyond it 429")
+    max_inflight_mb: int = Field(4096, ge=1, description="media of the requests in work; beyond it 429")
+    max_inflight_tokens: int = Field(
+        4_000_000, ge=1, description="patches and mel frames of the requests in work; beyond it 429"
+    )
+    client_share: float = Field(
+        0.5, gt=0, le=1, description="part of max-requests one client (API key or address) may hold while others wait"
+    )
+    max_item_tokens: int = Field(
+        131_072, ge=1, description="patches or mel frames of one item, as preprocessed; beyond it 413"
+    )
 
     # Media.
     media_allow: CommaList = Field(
@@ -78,27 +92,55 @@ class Settings(BaseSettings):
     media_roots: CommaList = Field((), description="directories below which file:// media is read; empty: none")
     max_media_mb: int = Field(64, ge=1, description="largest media item as sent or downloaded")
     max_pixels: int = Field(64_000_000, ge=1, description="most pixels of an image or a video frame, before decoding")
-    max_frames: int = Field(768, ge=1, description="most frames taken from one video")
+    max_frames: int = Field(36_000, ge=1, description="most frames in one video, before sampling")
     max_audio_s: float = Field(1800.0, gt=0, description="longest audio")
     decode_s: float = Field(30.0, gt=0, description="longest time for decoding one item")
     fetch_s: float = Field(20.0, gt=0, description="longest time for downloading one item")
 
     # Delivery.
+    engine: Literal["native", "sglang"] = Field(
+        "native", description="whose frames are pushed; sglang: also what its prefill servers ask for beside /encode"
+    )
     destination_allow: CommaList = Field(
         (), description="networks or hosts beside private and loopback ones that embeddings may be pushed to"
     )
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
 
+    undelivered_mb: int = Field(
+        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429"
+    )
+    sglang_receiver_module: str = Field(
+        "sglang.srt.disaggregation.encoder.receiver",
+        pattern=MODULE,
+        description="module of SGLang's EmbeddingData; older releases: sglang.srt.disaggregation.encode_receiver",
+    )
+    sglang_modality_module: str = Field(
+        "sglang.srt.multimodal.modality",
+        pattern=MODULE,
+        description="module of SGLang's Modality; older releases: sglang.srt.managers.schedule_batch",
+    )
+    register_url: CommaList = Field(
+        (), description="SGLang bootstrap servers to register with while ready, e.g. http://10.0.0.7:8998"
+    )
+    advertise_host: str | None = Field(
+        None, description="host to register; none: --host, or this host's address towards the bootstrap"
+    )
+    advertise_port: int | None = Field(
+        None, ge=1, le=65535, description="port to register; none: --port (give it under uvicorn's own command)"
+    )
     ec_store: str | None = Field(
         None, description="directory for delivery `ec_store`, read by vLLM's encoder-cache connector; created if absent"
     )
     ec_store_gb: float = Field(50.0, gt=0, description="GiB of stored embeddings; beyond it the oldest go")
     ec_store_age_s: float = Field(3600.0, ge=120, description="a stored embedding goes when it was written so long ago")
 
-    # Logging.
+    # Profiling and logging.
+    profile_dir: str | None = Field(
+        None, description="directory for the traces of /start_profile and /stop_profile; none: refused"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
 
-    @field_validator("media_allow", "media_roots", "destination_allow", mode="before")
+    @field_validator("media_allow", "media_roots", "destination_allow", "api_keys", "register_url", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -13,18 +13,26 @@ from pathlib import Path
 
 import httpx
 
-
 CPU = ("--port", "0", "--device", "cpu", "--dtype", "float32")
 
 
 class LiveServer:
     """`encode-server serve MODEL …` in a process of its own, its temporary files in a directory of its own."""
 
-    def __init__(self, model: str | Path, tmp: Path, *options: str, command: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        tmp: Path,
+        *options: str,
+        command: list[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.tmp = tmp
         tmp.mkdir(parents=True, exist_ok=True)
         self.lines: list[str] = []
-        environment = os.environ | {"TMPDIR": str(tmp), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = (
+            os.environ | (environment or {}) | {"TMPDIR": str(tmp), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        )
         self.process = subprocess.Popen(
             command or [sys.executable, "-m", "encode_server.cli", "serve", str(model), *CPU, *options],
             env=environment,

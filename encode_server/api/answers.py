@@ -11,8 +11,8 @@ from starlette.responses import Response
 from encode_server.api.schemas import Answer, Delivered, ErrorAnswer
 from encode_server.errors import EncodeError
 from encode_server.pipeline.request import Encoded
+from encode_server.tensorfile import tensor_head
 
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 
@@ -35,8 +35,7 @@ def json_answer(req_id: str, encoded: Encoded) -> bytes:
 def safetensors_answer(req_id: str, encoded: Encoded) -> bytes:
     """A safetensors file with one tensor, `embedding`, the rest of the answer in its metadata as strings.
 
-    Format: https://github.com/huggingface/safetensors#format. Written here, not by the library, because it has no
-    bfloat16 without torch. Copies the whole embedding: call it in a worker thread.
+    Copies the whole embedding: call it in a worker thread.
     """
     metadata = {
         "req_id": req_id,
@@ -46,14 +45,8 @@ def safetensors_answer(req_id: str, encoded: Encoded) -> bytes:
         "shape": json.dumps(encoded.shape),
         "items": msgspec.json.encode([item.info for item in encoded.items]).decode(),
     }
-    tensor = {
-        "dtype": SAFETENSORS_DTYPES[encoded.dtype],
-        "shape": encoded.shape,
-        "data_offsets": (0, encoded.nbytes),
-    }
-    header = json.dumps({"__metadata__": metadata, "embedding": tensor}).encode()
-    header += b" " * (-len(header) % 8)
-    return b"".join([len(header).to_bytes(8, "little"), header, *(item.data for item in encoded.items)])
+    head = tensor_head("embedding", encoded.dtype, encoded.shape, encoded.nbytes, metadata)
+    return b"".join([head, *(item.data for item in encoded.items)])
 
 
 def delivered(req_id: str, encoded: Encoded) -> Response:
@@ -67,6 +60,11 @@ def delivered(req_id: str, encoded: Encoded) -> Response:
         items=[item.info for item in encoded.items],
     )
     return Response(msgspec.json.encode(receipt), media_type=JSON)
+
+
+def nothing() -> Response:
+    """The answer that tells SGLang that the embedding was delivered."""
+    return Response(b"null", media_type=JSON)
 
 
 def error_answer(error: EncodeError, req_id: str | None) -> Response:

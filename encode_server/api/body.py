@@ -26,9 +26,8 @@ async def read_encode(request: Request, pool: Executor, max_bytes: int) -> tuple
 
     Raises BadRequest when it is malformed, TooLarge above `max_bytes` (before reading on).
     """
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > max_bytes:
-        raise TooLarge(f"the body has {declared} bytes, at most {max_bytes} are taken")
+    if declared_length(request) > max_bytes:
+        raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _read_form(request, pool, max_bytes)
@@ -36,6 +35,12 @@ async def read_encode(request: Request, pool: Executor, max_bytes: int) -> tuple
     decode: Callable[[bytes | bytearray], EncodeBody] = _decode
     body = decode(raw) if len(raw) < SMALL_JSON else await run(pool, decode, raw)
     return body, [_media_item(item) for item in body.mm_items]
+
+
+def declared_length(request: Request) -> int:
+    """The body's bytes as its header has it; 0 when it does not say."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isascii() and declared.isdigit() else 0
 
 
 async def _read_all(request: Request, max_bytes: int) -> bytearray:
@@ -65,13 +70,13 @@ def _media_item(item: str | ItemBody) -> MediaItem:
         min_frames=item.min_frames,
         max_frames=item.max_frames,
     )
-    return MediaItem(item.url, options, item.content_hash)
+    return MediaItem(item.url, options, item.content_hash, item.uuid)
 
 
 async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
     """Files in any field become items, in order; the other fields are those of the JSON body, as text.
 
-    `fields` holds per-item options for all files as well (`-F max_pixels=100000`).
+    `fields` holds per-item options for all files as well (`-F max_pixels=100000`); `uuid` comes once per item.
     """
     received = 0
     receive = request.receive
@@ -88,6 +93,9 @@ async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[
         async with Request(request.scope, bounded).form(max_part_size=max_bytes) as form:
             texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}
             urls = [value for key, value in form.multi_items() if key == "mm_items" and isinstance(value, str)]
+            uuids: list[str | None] = [
+                value for key, value in form.multi_items() if key == "uuid" and isinstance(value, str)
+            ]
             uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
             media: list[str | bytes] = [*urls, *await asyncio.gather(*(upload.read() for upload in uploads))]
     except MultiPartException as error:
@@ -101,4 +109,7 @@ async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[
     except msgspec.ValidationError as error:
         raise BadRequest(f"the form's fields are not those expected: {error}") from None
     options = _media_item(shared).options
-    return body, [MediaItem(item, options) for item in media]
+    if uuids and len(uuids) != len(media):
+        raise BadRequest(f"the form holds {len(uuids)} uuids for {len(media)} items, expected one each")
+    uuids = uuids or [None] * len(media)
+    return body, [MediaItem(item, options, uuid=uuid) for item, uuid in zip(media, uuids, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -12,16 +13,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server.api import answers
-from encode_server.api.body import read_encode
+from encode_server.api.body import declared_length, read_encode
 from encode_server.api.schemas import EncodeBody
 from encode_server.delivery.base import Delivery, Part
 from encode_server.delivery.native import NativePush
-from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
+from encode_server.delivery.sglang import SGLangPush
+from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, Forbidden, NotReady
+from encode_server.pipeline.admission import Ticket
 from encode_server.pipeline.pools import run_to_end
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
 from encode_server.server import Server
 from encode_server.telemetry.logs import log_request
 
+TIMEOUT_HEADER = "X-Encode-Timeout-S"
 CALLER_GONE = 499  # nobody reads it; the word of nginx for it, in logs and metrics
 
 
@@ -39,8 +43,7 @@ class EncodeCall:
         started = time.perf_counter()
         outcome = "ok"
         try:
-            with self._server.admission.admit():
-                response = await self._admitted()
+            response = await self._admitted()
         except EncodeError as error:
             outcome = error.code
             response = answers.error_answer(error, self._req_id)
@@ -53,42 +56,94 @@ class EncodeCall:
         return response
 
     async def _admitted(self) -> Response:
+        client = self._server.keys.client(self._http)
         if reason := self._server.not_ready():
             raise NotReady(reason, headers={"Retry-After": "2"})
-        body, media = await read_encode(self._http, self._server.pools.preproc, self._server.settings.max_body_mb << 20)
+        # Before its body is read: refusing must cost less than taking.
+        with self._server.admission.admit(client, declared_length(self._http)) as ticket:
+            return await self._read_and_encode(ticket)
+
+    async def _read_and_encode(self, ticket: Ticket) -> Response:
+        arrived = time.monotonic()
+        settings = self._server.settings
+        asked = self._asked_timeout()
+        try:
+            async with asyncio.timeout(min(asked or settings.timeout_s, settings.max_timeout_s)):
+                body, media = await read_encode(self._http, self._server.pools.preproc, settings.max_body_mb << 20)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was up before its body had arrived") from None
         self._req_id = body.req_id or uuid.uuid4().hex
         self._items = len(media)
-        request = self._request(body, media, self._req_id)
+        timeout = min(body.timeout_s or asked or settings.timeout_s, settings.max_timeout_s)
+        request = self._request(body, media, self._req_id, arrived + timeout, ticket)
         self._modality = request.modality
         part = Part(self._req_id, body.part_idx, body.num_parts, request.modality, self._server.model_name)
-        delivery = await self._delivery(body)
-        try:
-            async with _until_caller_goes(self._http):
-                return await self._bounded(request, part, delivery)
-        except EncodeError as error:
-            if delivery is not None:
-                await delivery.fail(part, error)
-            raise
+        with contextlib.ExitStack() as held:
+            if body.prefill_host is not None:
+                held.enter_context(self._server.active.hold(self._req_id, body.part_idx))
+            delivery = await self._delivery(body, media, held)
+            try:
+                async with _until_caller_goes(self._http):
+                    return await self._bounded(request, part, delivery)
+            except EncodeError as error:
+                if delivery is not None:
+                    await delivery.fail(part, error)
+                raise
 
-    def _request(self, body: EncodeBody, media: list[MediaItem], req_id: str) -> EncodeRequest:
+    def _asked_timeout(self) -> float | None:
+        """Seconds from the header, for callers that set deadlines without touching bodies."""
+        value = self._http.headers.get(TIMEOUT_HEADER)
+        if value is None:
+            return None
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            raise BadRequest(f"the header {TIMEOUT_HEADER} is {value!r}, expected seconds above 0")
+        return seconds
+
+    def _request(
+        self, body: EncodeBody, media: list[MediaItem], req_id: str, deadline: float, ticket: Ticket
+    ) -> EncodeRequest:
         settings = self._server.settings
         if len(media) > settings.max_items:
             raise BadRequest(f"mm_items holds {len(media)} items, at most {settings.max_items} are taken")
         if body.part_idx >= body.num_parts:
             raise BadRequest(f"part_idx is {body.part_idx}, expected less than num_parts, {body.num_parts}")
-        timeout = min(body.timeout_s or settings.timeout_s, settings.max_timeout_s)
-        return EncodeRequest(
-            req_id, body.checked_modality(), media, deadline=time.monotonic() + timeout, stages=self._stages
-        )
+        ticket.weigh(nbytes=sum(len(item.source) for item in media))
+        return EncodeRequest(req_id, body.checked_modality(), media, deadline, ticket, stages=self._stages)
 
-    async def _delivery(self, body: EncodeBody) -> Delivery | None:
-        """Where the embedding goes, or None when it goes back in the answer."""
+    async def _delivery(self, body: EncodeBody, media: list[MediaItem], held: contextlib.ExitStack) -> Delivery | None:
+        """Where the embedding goes, or None when it goes back in the answer. `held` is left when the request ends."""
+        if body.delivery == "ec_store":
+            return self._stored(body, media)
+        if self._server.settings.engine == "sglang" and body.prefill_host is not None:
+            return await self._to_sglang(body, body.prefill_host, held)
         if (body.prefill_host is None) != (body.embedding_port is None):
             raise BadRequest("prefill_host and embedding_port go together: one is missing")
         if body.prefill_host is None or body.embedding_port is None:
             return None
+        if isinstance(body.embedding_port, list):
+            raise BadRequest("embedding_port is a list, which only a server with --engine sglang takes")
         endpoint = await self._server.destinations.endpoint(body.prefill_host, body.embedding_port)
         return NativePush(self._server.pusher, endpoint, self._server.pools.send)
+
+    async def _to_sglang(self, body: EncodeBody, host: str, held: contextlib.ExitStack) -> Delivery:
+        if body.embedding_port is None:
+            if body.req_id is None:
+                raise BadRequest("prefill_host without embedding_port waits for registrations, which need a req_id")
+            return held.enter_context(self._server.sglang.to_registered(body.req_id))
+        ports = body.embedding_port if isinstance(body.embedding_port, list) else [body.embedding_port]
+        endpoints = [await self._server.destinations.endpoint(host, port) for port in ports]
+        return self._server.sglang.to_endpoints(endpoints)
+
+    def _stored(self, body: EncodeBody, media: list[MediaItem]) -> Delivery:
+        if body.prefill_host is not None or body.embedding_port is not None:
+            raise BadRequest("delivery is 'ec_store', which goes without prefill_host and embedding_port")
+        if self._server.store is None:
+            raise Forbidden("delivery is 'ec_store', but this server has no store: it was started without --ec-store")
+        return self._server.store.delivery([item.uuid for item in media])
 
     async def _bounded(self, request: EncodeRequest, part: Part, delivery: Delivery | None) -> Response:
         try:
@@ -98,8 +153,10 @@ class EncodeCall:
                 if delivery is None:
                     response = await self._respond(request, encoded)
                 else:
-                    await delivery.deliver(part, encoded)
-                    response = answers.delivered(request.req_id, encoded)
+                    with self._server.undelivered.hold(encoded.nbytes):
+                        await delivery.deliver(part, encoded)
+                    silent = isinstance(delivery, SGLangPush)
+                    response = answers.nothing() if silent else answers.delivered(request.req_id, encoded)
                 request.spent("deliver", time.perf_counter() - started)
         except TimeoutError:
             raise DeadlineExceeded("the request's time was up before its embedding was delivered") from None

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api import answers
+from encode_server.api.control import add_control_routes
 from encode_server.api.encode import EncodeCall
 from encode_server.api.schemas import openapi_components
 from encode_server.server import Server
@@ -46,6 +47,7 @@ def build_router(server: Server) -> APIRouter:
                     502: "The delivery failed",
                     503: "Not ready",
                     504: "The deadline passed",
+                    507: "The embedding store is full",
                 }.items()
             },
         },
@@ -75,4 +77,5 @@ def build_router(server: Server) -> APIRouter:
     async def metrics() -> Response:
         return Response(server.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    add_control_routes(router, server)
     return router

@@ -36,7 +36,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     num_parts: PositiveInt = 1
     part_idx: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefill_host: str | None = None
-    embedding_port: int | None = None
+    embedding_port: int | Annotated[list[int], msgspec.Meta(min_length=1, max_length=1024)] | None = None
     delivery: Literal["ec_store"] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 

@@ -44,12 +44,11 @@ class GroupSpec:
     dtype: str
     checkpoint_dtype: str
     threads: int
-    trust_remote_code: bool = False
 
 
 @dataclass
 class _Pending:
-    command: m.Forward | m.Ping
+    command: m.Acknowledged
     sent: float
     done: dict[int, m.Done] = field(default_factory=dict)
     future: asyncio.Future[list[m.Done]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -92,7 +91,7 @@ class RankGroup:
         """Commands sent and not yet acknowledged by all ranks."""
         return len(self._pending)
 
-    def oldest(self) -> tuple[m.Forward | m.Ping, float] | None:
+    def oldest(self) -> tuple[m.Acknowledged, float] | None:
         """The command being executed and for how many seconds, or None when the ranks are idle."""
         if not self._pending:
             return None
@@ -126,6 +125,14 @@ class RankGroup:
     async def ping(self) -> None:
         """Have every rank answer. Raises GroupLost."""
         await self._call(m.Ping(next(self._seq)))
+
+    async def start_profile(self, path: str, forwards: int | None) -> list[m.Done]:
+        """Have every rank record, see `messages.StartProfile`. Raises GroupLost."""
+        return await self._call(m.StartProfile(next(self._seq), path, forwards))
+
+    async def stop_profile(self) -> list[m.Done]:
+        """Have every rank write its trace. Raises GroupLost."""
+        return await self._call(m.StopProfile(next(self._seq)))
 
     def fail(self, reason: str) -> None:
         """Declare the group lost: everything in flight raises GroupLost."""
@@ -173,7 +180,7 @@ class RankGroup:
             asyncio.get_running_loop().add_reader(rank.pidfd, self._on_exit, index)
             rank.reader = asyncio.create_task(self._read(index, store))
 
-    async def _call(self, command: m.Forward | m.Ping) -> list[m.Done]:
+    async def _call(self, command: m.Acknowledged) -> list[m.Done]:
         if self.lost.done():
             raise GroupLost(self.lost.result())
         pending = _Pending(command, time.monotonic())
@@ -222,7 +229,6 @@ class RankGroup:
             arena_fd=self._arena.fd,
             arena_bytes=self._arena.size,
             store_fd=store,
-            trust_remote_code=spec.trust_remote_code,
         )
 
     def _acknowledge(self, done: m.Done) -> None:

@@ -57,7 +57,6 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     arena_fd: int
     arena_bytes: int
     store_fd: int
-    trust_remote_code: bool
 
 
 class Forward(msgspec.Struct, frozen=True, tag="forward"):
@@ -74,11 +73,26 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     seq: int
 
 
+class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
+    """Record what runs, for so many forwards or until `StopProfile`; the trace goes to `path` + `rank<N>.json.gz`."""
+
+    seq: int
+    path: str
+    forwards: int | None
+
+
+class StopProfile(msgspec.Struct, frozen=True, tag="stop_profile"):
+    """Write the trace of the profile that runs."""
+
+    seq: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Leave the group and exit 0."""
 
 
-Command = Load | Forward | Ping | Shutdown
+Acknowledged = Forward | Ping | StartProfile | StopProfile
+Command = Load | Acknowledged | Shutdown
 
 
 # Events, rank to front.

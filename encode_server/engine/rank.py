@@ -14,12 +14,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import zmq
 
 from encode_server.engine import messages as m
+from encode_server.engine.profiler import Profiler
 from encode_server.errors import StartupError
 
 if TYPE_CHECKING:
@@ -100,12 +101,19 @@ class Worker:
             self._store.tensor(item.output).copy_(embedding)
 
 
-def serve(channel: Channel, worker: Worker, rank: int) -> None:
+def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int) -> None:
     """Execute commands until `Shutdown`."""
     while True:
         match channel.receive():
             case m.Forward() as command:
-                channel.send(worker.forward(command))
+                done = worker.forward(command)
+                with contextlib.suppress(Exception):  # a trace that cannot be written is no reason to fail an item
+                    profiler.forwarded()
+                channel.send(done)
+            case m.StartProfile(seq, path, forwards):
+                channel.send(_attempt(rank, seq, lambda: profiler.start(f"{path}rank{rank}.json.gz", forwards)))
+            case m.StopProfile(seq):
+                channel.send(_attempt(rank, seq, profiler.stop))
             case m.Ping(seq):
                 channel.send(m.Done(rank, seq))
             case m.Shutdown():
@@ -149,7 +157,6 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         dtype=resolve_dtype(command.dtype, command.checkpoint_dtype, device),
         rank=command.rank,
         world=command.world,
-        trust_remote_code=command.trust_remote_code,
     )
     return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), encoder.info
 
@@ -160,6 +167,14 @@ def _joined_group() -> Iterator[None]:
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _attempt(rank: int, seq: int, action: Callable[[], None]) -> m.Done:
+    try:
+        action()
+    except (ValueError, OSError, RuntimeError) as error:
+        return m.Done(rank, seq, error=str(error).strip().split("\n", 1)[0] or type(error).__name__)
+    return m.Done(rank, seq)
 
 
 def _one_line(error: BaseException) -> str:
@@ -192,7 +207,7 @@ def main() -> int:
         with _joined_group():
             worker, info = load(command, channel)
             channel.send(m.Ready(args.rank, info))
-            serve(channel, worker, args.rank)
+            serve(channel, worker, Profiler(info.device), args.rank)
     except StartupError as error:
         channel.send(m.Failed(args.rank, str(error)))
         return 3

@@ -18,6 +18,8 @@ from encode_server.modality import Modality
 
 log = logging.getLogger(__name__)
 
+PROFILE_LIMIT_S = 300.0  # a trace of many forwards takes long to write
+
 
 class EngineState(StrEnum):
     """Where the engine is in its life."""
@@ -65,7 +67,7 @@ class Supervisor:
         """Per rank, see `RankGroup.states`."""
         return self._group.states if self._group else []
 
-    def oldest(self) -> tuple[m.Forward | m.Ping, float] | None:
+    def oldest(self) -> tuple[m.Acknowledged, float] | None:
         """The command being executed and its age in seconds, see `RankGroup.oldest`."""
         return self._group.oldest() if self._group else None
 
@@ -88,6 +90,18 @@ class Supervisor:
         if self._group is None or not self.ready:
             raise GroupLost(self.reason)
         return await self._group.forward(modality, items)
+
+    async def start_profile(self, path: str, forwards: int | None) -> list[m.Done]:
+        """Have every rank record, see `messages.StartProfile`. Raises GroupLost."""
+        if self._group is None or not self.ready:
+            raise GroupLost(self.reason)
+        return await self._group.start_profile(path, forwards)
+
+    async def stop_profile(self) -> list[m.Done]:
+        """Have every rank write its trace. Raises GroupLost."""
+        if self._group is None or not self.ready:
+            raise GroupLost(self.reason)
+        return await self._group.stop_profile()
 
     async def run(self) -> None:
         """Start the group, and again whenever it is lost, until cancelled or until it fails too often."""
@@ -125,7 +139,9 @@ class Supervisor:
             oldest = group.oldest()
             if oldest is not None:
                 what, limit = ("a forward", self._options.stall_s)
-                if isinstance(oldest[0], m.Ping):
+                if isinstance(oldest[0], m.StartProfile | m.StopProfile):
+                    what, limit = ("a profile", max(self._options.stall_s, PROFILE_LIMIT_S))
+                elif isinstance(oldest[0], m.Ping):
                     what, limit = ("a ping", min(self._options.stall_s, self._options.ping_limit_s))
                 if oldest[1] > limit:
                     group.fail(f"the ranks hang: {what} has not ended after {oldest[1]:.1f} s")

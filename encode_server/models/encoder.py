@@ -42,13 +42,11 @@ class Encoder:
         return self._family.forward(self._model, modality, items, self._device)
 
 
-def load_encoder(
-    path: str, *, device: str, dtype: str, rank: int = 0, world: int = 1, trust_remote_code: bool = False
-) -> Encoder:
+def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: int = 1) -> Encoder:
     """Load the encoder of the checkpoint in directory `path` and keep the part of rank `rank` of `world`.
 
     `device`: torch's name. `dtype`: `float32`, `bfloat16` or `float16`. With `world` > 1 torch.distributed's default
-    group must exist. `trust_remote_code` is accepted for architectures to come: those known now need none.
+    group must exist. Code that comes with a checkpoint is never run: the architectures known need none.
 
     Raises:
         StartupError: unsupported or incomplete checkpoint, or a `world` that doesn't divide the attention heads.

@@ -1,73 +1,85 @@
-"""The queue in front of the batcher: items take turns, so that a large one cannot hold back the small ones."""
+"""The queue in front of the batcher: clients and modalities take turns, and so do the pieces of large items."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 
 from encode_server.modality import Modality
 from encode_server.pipeline.work import Placement, Work
 
+_Entry = tuple[Placement, deque[Work]]
+_Lane = tuple[str, Modality]
+
 
 class FairQueue:
-    """Work by item. A batch takes from the items in the order they came, one piece of each in turn."""
+    """Work in lanes, one per client and modality, served in turn.
+
+    So neither a client with a thousand items nor one with a ten-minute video holds back another's picture.
+    """
 
     def __init__(self) -> None:
-        self._items: deque[tuple[Placement, deque[Work]]] = deque()
+        self._lanes: OrderedDict[_Lane, deque[_Entry]] = OrderedDict()  # in the order of their turns; none is empty
 
     def __len__(self) -> int:
-        return sum(len(works) for _, works in self._items)
+        return sum(len(works) for lane in self._lanes.values() for _, works in lane)
 
     def put(self, placement: Placement) -> None:
-        """Queue all work of an item; an urgent one goes first."""
-        entry = (placement, deque(placement.works))
+        """Queue all work of an item at the end of its lane; an urgent lane has the next turn."""
+        key = (placement.client, placement.modality)
+        self._lanes.setdefault(key, deque()).append((placement, deque(placement.works)))
         if placement.urgent:
-            self._items.appendleft(entry)
-        else:
-            self._items.append(entry)
+            self._lanes.move_to_end(key, last=False)
 
     def take(self, budgets: Mapping[Modality, int], wanted: Callable[[Placement], bool]) -> list[Work]:
-        """Work of one modality, that of the item at the front, up to its budget; at least one piece if there is any.
+        """A batch: work of the modality whose turn it is, up to its budget, and at least one piece if there is any.
 
-        Items that are not `wanted` any more are dropped. An item with work left goes to the end of the queue.
+        One piece of each lane in turn. Items that are not `wanted` any more are dropped. What does not fit ends the
+        batch and is first in the next one, so that nothing smaller overtakes it for ever.
         """
         batch: list[Work] = []
-        passed: list[tuple[Placement, deque[Work]]] = []
-        served: list[tuple[Placement, deque[Work]]] = []
         total = 0
-        while self._items:
-            placement, works = self._items.popleft()
-            if not wanted(placement):
-                continue
-            if batch and placement.modality is not batch[0].placement.modality:
-                passed.append((placement, works))
-                continue
-            if batch and total + works[0].cost > budgets[placement.modality]:
-                passed.append((placement, works))
-                break  # no smaller one overtakes it: it would wait for ever
-            total += works[0].cost
-            batch.append(works.popleft())
-            if works:
-                served.append((placement, works))
-        self._items.extendleft(reversed(passed))
-        self._items.extend(served)
-        if batch and served and total < budgets[batch[0].placement.modality]:
-            self._top_up(batch, total, budgets[batch[0].placement.modality])
-        return batch
+        while True:
+            served = False
+            for key in list(self._lanes):
+                if batch and key[1] is not batch[0].placement.modality:
+                    continue
+                entry = self._head(key, wanted)
+                if entry is None:
+                    continue
+                placement, works = entry
+                if batch and total + works[0].cost > budgets[placement.modality]:
+                    return batch
+                total += works[0].cost
+                batch.append(works.popleft())
+                self._rotate(key)
+                served = True
+            if not served:
+                return batch
 
     def drain(self) -> list[Placement]:
         """Everything queued, taken out."""
-        placements = [placement for placement, _ in self._items]
-        self._items.clear()
+        placements = [placement for lane in self._lanes.values() for placement, _ in lane]
+        self._lanes.clear()
         return placements
 
-    def _top_up(self, batch: list[Work], total: int, budget: int) -> None:
-        """Fill what is left of the budget with further pieces of the items that have some, when nobody else waits."""
-        modality = batch[0].placement.modality
-        if any(placement.modality is not modality for placement, _ in self._items):
-            return
-        for _, works in list(self._items):
-            while works and total + works[0].cost <= budget:
-                total += works[0].cost
-                batch.append(works.popleft())
-        self._items = deque(entry for entry in self._items if entry[1])
+    def _head(self, key: _Lane, wanted: Callable[[Placement], bool]) -> _Entry | None:
+        """The first item of a lane that is still wanted, or None after removing the lane."""
+        lane = self._lanes[key]
+        while lane:
+            if wanted(lane[0][0]):
+                return lane[0]
+            lane.popleft()
+        del self._lanes[key]
+        return None
+
+    def _rotate(self, key: _Lane) -> None:
+        """A lane has been served: its item gives way to the lane's next, the lane to the other lanes."""
+        lane = self._lanes[key]
+        entry = lane.popleft()
+        if entry[1]:
+            lane.append(entry)
+        if lane:
+            self._lanes.move_to_end(key)
+        else:
+            del self._lanes[key]

@@ -16,7 +16,7 @@ from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupLost
 from encode_server.engine.messages import EncoderInfo
 from encode_server.engine.supervisor import Supervisor
-from encode_server.errors import BadRequest, EncodeError, NotReady, UnsupportedModality
+from encode_server.errors import BadRequest, EncodeError, NotReady, TooLarge, UnsupportedModality
 from encode_server.media.sources import MediaSource
 from encode_server.modality import Modality
 from encode_server.pipeline.batcher import Batcher
@@ -49,9 +49,11 @@ class Pipeline:
         engine: Supervisor,
         batcher: Batcher,
         cache: EmbeddingCache,
+        max_item_tokens: int,
         metrics: Metrics,
     ) -> None:
         self._model, self._preprocessor, self._source, self._pools = model, preprocessor, source, pools
+        self._max_item_tokens = max_item_tokens
         self._long_jobs = asyncio.Semaphore(max(1, pools.preproc_workers * 3 // 4))
         self._arena, self._engine, self._batcher, self._cache, self._metrics = arena, engine, batcher, cache, metrics
 
@@ -88,7 +90,11 @@ class Pipeline:
 
     async def _through(self, request: EncodeRequest, item: MediaItem) -> EncodedItem:
         clock = _StageClock(request, self._metrics)
-        data = item.source if isinstance(item.source, bytes) else await self._source.fetch(item.source)
+        if isinstance(item.source, bytes):
+            data = item.source
+        else:
+            data = await self._source.fetch(item.source)
+            request.weigh(nbytes=max(0, len(data) - len(item.source)))
         clock.lap("fetch")
         pool = self._pools.urgent if request.urgent else self._pools.preproc
         digest = _digest(data) if len(data) <= SMALL_MEDIA else await run(pool, _digest, data)
@@ -129,6 +135,9 @@ class Pipeline:
         async with self._long_jobs if long else contextlib.nullcontext():
             prepared = await run(self._pools.preproc, self._preprocessor.prepare, request.modality, data, item.options)
         self._metrics.preprocessed.labels(request.modality).inc()
+        if prepared.cost > self._max_item_tokens:
+            raise TooLarge(f"it has {prepared.cost} patches or frames, at most {self._max_item_tokens} are encoded")
+        request.weigh(tokens=prepared.cost)
         return prepared
 
     async def _ready(self) -> EncoderInfo:
@@ -143,7 +152,9 @@ class Pipeline:
         dim = info.dims[request.modality]
         pieces = self._preprocessor.split(prepared, self._batcher.budget(request.modality))
         slots = await self._arena.acquire(room_for(pieces, dim, info.dtype), urgent=request.urgent)
-        placement = Placement(self._arena, request.modality, request.deadline, slots, urgent=request.urgent)
+        placement = Placement(
+            self._arena, request.modality, request.deadline, slots, client=request.client, urgent=request.urgent
+        )
         try:
             pool = self._pools.urgent if request.urgent else self._pools.preproc
             await run_to_end(pool, placement.fill, pieces, dim, info.dtype)

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from encode_server.delivery.frames import ItemInfo
 from encode_server.modality import Modality
 from encode_server.models.prepared import ItemOptions
+from encode_server.pipeline.admission import Ticket
 from encode_server.pipeline.work import embedding_bytes
 
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One item of a request: a URL, data URI, base64 text, or the media bytes themselves."""
+    """One item of a request: a URL, data URI, base64 text, or the media bytes themselves. `uuid`: its name in a store."""
 
     source: str | bytes
     options: ItemOptions = field(default_factory=ItemOptions)
     content_hash: str | None = None
+    uuid: str | None = None
 
 
 @dataclass
@@ -28,12 +30,23 @@ class EncodeRequest:
     modality: Modality
     items: list[MediaItem]
     deadline: float
+    ticket: Ticket | None = None  # the health probe has none
     urgent: bool = False
     stages: dict[str, float] = field(default_factory=dict)
 
     def spent(self, stage: str, seconds: float) -> None:
         """Note a stage's time; items run side by side, so the longest counts."""
         self.stages[stage] = max(self.stages.get(stage, 0.0), seconds)
+
+    @property
+    def client(self) -> str:
+        """Who asked, for fairness."""
+        return self.ticket.client if self.ticket else ""
+
+    def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
+        """Count what is now known of the request, see `Ticket.weigh`."""
+        if self.ticket:
+            self.ticket.weigh(nbytes=nbytes, tokens=tokens)
 
     @property
     def remaining_s(self) -> float:

@@ -66,9 +66,16 @@ class Placement:
     """
 
     def __init__(
-        self, arena: Arena, modality: Modality, deadline: float, slots: Sequence[Slot], *, urgent: bool = False
+        self,
+        arena: Arena,
+        modality: Modality,
+        deadline: float,
+        slots: Sequence[Slot],
+        *,
+        client: str = "",
+        urgent: bool = False,
     ) -> None:
-        self.modality, self.deadline, self.urgent = modality, deadline, urgent
+        self.modality, self.deadline, self.client, self.urgent = modality, deadline, client, urgent
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.works: list[Work] = []
         self.abandoned = False
