@@ -1,4 +1,4 @@
-"""The command line: `encode-server serve | demo | demo-model | bench`."""
+"""The command line: `encode-server serve | demo | demo-model | bench | route`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
+from encode_server.route.options import add_route_options, route_options
 from encode_server.settings import Settings, load_settings, option_name, variable_name
 
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
 
     bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
     add_bench_arguments(bench)
+
+    route = commands.add_parser("route", help="proxy before vLLM: media to encode servers, the rest to the engine")
+    add_route_options(route)
 
     options = vars(parser.parse_args(argv))
     command = options.pop("command")
@@ -62,6 +66,10 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from encode_server.bench.command import run
 
         return run(options)
+    if command == "route":
+        from encode_server.route.serve import serve_route
+
+        return serve_route(route_options(options))
     from encode_server.serve import serve
 
     return serve(load_settings(options))

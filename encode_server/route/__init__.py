@@ -1,0 +1,1 @@
+"""`encode-server route`: a proxy before an engine that has the media of chat requests encoded first."""

@@ -1,0 +1,78 @@
+"""The media of an OpenAI chat request: where they are, and what the engine shall call them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from encode_server.client import Item, Modality
+from encode_server.errors import BadRequest
+
+URL_PARTS = {"image_url": Modality.IMAGE, "video_url": Modality.VIDEO, "audio_url": Modality.AUDIO}
+# With these, vLLM looks for another name than the `uuid`: a hash over both.
+RENAMING = ("mm_processor_kwargs", "media_io_kwargs")
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """A media part of a message; `part` is the request's own object."""
+
+    part: dict[str, Any]
+    modality: Modality
+    source: str
+
+
+def media_parts(body: Any) -> list[MediaPart]:
+    """The media of a chat request, in order. Raises BadRequest for parts that are not what OpenAI's schema says.
+
+    Parts that only name media the engine has seen before (`uuid` without content) are left out.
+    """
+    if not isinstance(body, dict) or not isinstance(messages := body.get("messages"), list):
+        raise BadRequest("the body is not a chat request: expected an object with a list `messages`")
+    return [found for message in messages for part in _parts(message) if (found := _media(part)) is not None]
+
+
+def renames(body: dict[str, Any]) -> bool:
+    """Whether options of the request make the engine look for other names than those set here."""
+    return any(body.get(field) for field in RENAMING)
+
+
+def name_parts(parts: list[MediaPart], video_frames: int) -> dict[Modality, list[Item]]:
+    """Set each part's `uuid`, and say what has to be encoded; the same media once. Hashes all of it.
+
+    A name covers the content (for a URL: the URL) and the caller's own `uuid`, so that nobody can put an embedding in
+    the place of another's media.
+    """
+    items: dict[Modality, dict[str, Item]] = {}
+    for found in parts:
+        frames = video_frames if found.modality is Modality.VIDEO else None
+        digest = hashlib.sha256(repr((str(found.modality), frames, found.part.get("uuid"))).encode())
+        digest.update(found.source.encode(errors="surrogatepass"))
+        name = found.part["uuid"] = digest.hexdigest()
+        items.setdefault(found.modality, {})[name] = Item(found.source, num_frames=frames, uuid=name)
+    return {modality: list(named.values()) for modality, named in items.items()}
+
+
+def _parts(message: Any) -> Iterator[dict[str, Any]]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, list):
+        yield from (part for part in content if isinstance(part, dict))
+
+
+def _media(part: dict[str, Any]) -> MediaPart | None:
+    kind = part.get("type")
+    if kind == "input_audio":
+        audio = part.get(kind)
+        if audio is None:
+            return None
+        if not isinstance(audio, dict) or not isinstance(audio.get("data"), str):
+            raise BadRequest("input_audio is not an object with base64 `data`")
+        return MediaPart(part, Modality.AUDIO, audio["data"])
+    if kind not in URL_PARTS or part.get(kind) is None:
+        return None
+    url = part[kind].get("url") if isinstance(part[kind], dict) else part[kind]
+    if not isinstance(url, str):
+        raise BadRequest(f"{kind} is not an object with a `url`")
+    return MediaPart(part, URL_PARTS[kind], url)
