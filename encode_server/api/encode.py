@@ -7,13 +7,13 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server.api import answers
 from encode_server.api.body import declared_length, read_encode
+from encode_server.api.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.api.schemas import EncodeBody
 from encode_server.delivery.base import Delivery, Part
 from encode_server.delivery.native import NativePush
@@ -26,7 +26,6 @@ from encode_server.server import Server
 from encode_server.telemetry.logs import log_request
 
 TIMEOUT_HEADER = "X-Encode-Timeout-S"
-CALLER_GONE = 499  # nobody reads it; the word of nginx for it, in logs and metrics
 
 
 class EncodeCall:
@@ -47,7 +46,7 @@ class EncodeCall:
         except EncodeError as error:
             outcome = error.code
             response = answers.error_answer(error, self._req_id)
-        except _CallerGone:
+        except CallerGone:
             outcome = "gone"
             response = Response(status_code=CALLER_GONE)
         self._server.metrics.requests.labels(self._modality, outcome).inc()
@@ -83,7 +82,7 @@ class EncodeCall:
                 held.enter_context(self._server.active.hold(self._req_id, body.part_idx))
             delivery = await self._delivery(body, media, held)
             try:
-                async with _until_caller_goes(self._http):
+                async with until_caller_goes(self._http):
                     return await self._bounded(request, part, delivery)
             except EncodeError as error:
                 if delivery is not None:
@@ -170,32 +169,3 @@ class EncodeCall:
         build = answers.safetensors_answer if binary else answers.json_answer
         content = await run_to_end(self._server.pools.send, build, request.req_id, encoded)
         return Response(content, media_type=answers.OCTETS if binary else answers.JSON)
-
-
-class _CallerGone(Exception):
-    """The client closed its connection; what it asked for is not wanted any more."""
-
-
-@contextlib.asynccontextmanager
-async def _until_caller_goes(http: Request) -> AsyncIterator[None]:
-    """Cancel the body of the `async with`, and raise _CallerGone, when the client disconnects."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone and task.uncancel() == 0:
-            raise _CallerGone from None
-        raise
-    finally:
-        watcher.cancel()
