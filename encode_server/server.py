@@ -65,6 +65,12 @@ class Server:
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20)
         self._profiling = Profiling(settings.profile_dir)
+        self._announcer = Announcer(
+            settings.register_url,
+            "https" if settings.ssl_certfile else "http",
+            advertised_host(settings.advertise_host, settings.host),
+            lambda: self.not_ready() is None,
+        )
         self.port = settings.port  # whoever binds the socket corrects it
         limits = AdmissionLimits(
             settings.max_requests, settings.max_inflight_mb << 20, settings.max_inflight_tokens, settings.client_share
@@ -83,7 +89,6 @@ class Server:
         self.pipeline: Pipeline
         self.pusher: Pusher
         self.sglang: SGLangDeliveries
-        self._announcer: Announcer
         self._health: HealthProbe | None = None
         self._warm = False
         self._draining = False
@@ -102,14 +107,7 @@ class Server:
         self.pusher = Pusher(settings.send_timeout_s)
         frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
         self.sglang = SGLangDeliveries(self.pusher, frames, self.pools.send, settings.send_timeout_s)
-        self._announcer = Announcer(
-            settings.register_url,
-            "https" if settings.ssl_certfile else "http",
-            advertised_host(settings.advertise_host, settings.host),
-            settings.advertise_port or self.port,
-            lambda: self.not_ready() is None,
-        )
-        self._announcer.start()
+        self._announcer.start(settings.advertise_port or self.port)
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         self._engine = Supervisor(self._spec, self._arena, options, self._fail)
         budgets = {

@@ -25,7 +25,7 @@ class Delivery(Protocol):
     """Takes one part's embedding, or the reason why there is none, to where it was asked for."""
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
-        """Returns when the destination has it and its memory is not needed any more. Raises DeliveryFailed."""
+        """Returns when the destination has it. Raises DeliveryFailed."""
 
     async def fail(self, part: Part, error: EncodeError) -> None:
-        """Tell the destination, as far as it listens; raises nothing."""
+        """Tell the destination, as far as it listens, without waiting for it; raises nothing."""

@@ -30,21 +30,21 @@ class DestinationPolicy:
                     raise StartupError(f"--destination-allow: {entry!r} is neither a network nor a host name") from None
                 self._names.add(entry.lower().rstrip("."))
 
-    async def endpoint(self, host: str, port: int) -> str:
-        """`tcp://address:port` of an allowed destination, its name resolved once.
+    async def endpoint(self, host: str, port: int, field: str = "prefill_host") -> str:
+        """`tcp://address:port` of an allowed destination, its name resolved once. `field`: what messages call it.
 
         Raises BadRequest for a port out of range, DeliveryFailed for an unknown host, Forbidden for one not allowed.
         """
         if not 0 < port < 65536:
-            raise BadRequest(f"embedding_port is {port}, expected 1 to 65535")
+            raise BadRequest(f"the port beside {field} is {port}, expected 1 to 65535")
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
-            raise DeliveryFailed(f"prefill_host {host!r} is not known") from None
+            raise DeliveryFailed(f"{field} {host!r} is not known") from None
         allowed = [str(info[4][0]) for info in found if self._allowed(host, str(info[4][0]))]
         if not allowed:
-            raise Forbidden(f"prefill_host {host!r} is not a destination this server may push to")
+            raise Forbidden(f"{field} {host!r} is not a destination this server may push to")
         address = min(allowed, key=lambda a: ":" in a)  # IPv4 first: a name of this host listens there more often
         return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from concurrent.futures import Executor
 
 from encode_server.delivery.base import Part
@@ -44,5 +43,4 @@ class NativePush:
             num_parts=part.num_parts,
             error=ErrorInfo(error.status, error.code, error.message),
         )
-        with contextlib.suppress(EncodeError):
-            await self._pusher.push(self._endpoint, [encode_header(header)])
+        self._pusher.notify(self._endpoint, [encode_header(header)])

@@ -1,0 +1,79 @@
+"""SGLang's push: to the ports its request names (zmq_to_tokenizer), or to whoever registers (zmq_to_scheduler)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Executor
+
+from encode_server.delivery.base import Part
+from encode_server.delivery.push import Pusher
+from encode_server.delivery.registrations import Registration, Registrations
+from encode_server.delivery.sglang_frames import SGLangFrames
+from encode_server.errors import DeadlineExceeded, EncodeError
+from encode_server.pipeline.pools import run_to_end
+from encode_server.pipeline.request import Encoded
+
+
+class SGLangPush:
+    """Delivers one part to every destination of `registration`, each as soon as it is there."""
+
+    def __init__(
+        self, pusher: Pusher, frames: SGLangFrames, pool: Executor, registration: Registration, wait_s: float
+    ) -> None:
+        self._pusher, self._frames, self._pool = pusher, frames, pool
+        self._registration, self._wait_s = registration, wait_s
+
+    async def deliver(self, part: Part, encoded: Encoded) -> None:
+        """See `Delivery`. Raises DeadlineExceeded when a destination does not come in time."""
+        header, data = await run_to_end(self._pool, lambda: (self._frames.header(part, encoded), encoded.contiguous()))
+        pushes: list[asyncio.Task[None]] = []
+        try:
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    async for endpoint in self._registration.arrivals():
+                        pushes.append(asyncio.create_task(self._pusher.push(endpoint, [header, data])))
+            except TimeoutError:
+                wanted = self._registration.wanted or "no"
+                raise DeadlineExceeded(
+                    f"{len(pushes)} of {wanted} destinations came for the embedding within {self._wait_s:g} s"
+                ) from None
+            # All are waited for: one that fails takes nothing from the others.
+            for outcome in await asyncio.gather(*pushes, return_exceptions=True):
+                if outcome is not None:
+                    raise outcome
+        finally:
+            for push in pushes:
+                push.cancel()
+
+    async def fail(self, part: Part, error: EncodeError) -> None:
+        """See `Delivery`."""
+        frame = self._frames.error(part, error)
+        for endpoint in self._registration.endpoints:
+            self._pusher.notify(endpoint, [frame])
+
+
+class SGLangDeliveries:
+    """Makes the deliveries of one server and takes the registrations of prefill ranks."""
+
+    def __init__(self, pusher: Pusher, frames: SGLangFrames, pool: Executor, wait_s: float) -> None:
+        self._pusher, self._frames, self._pool, self._wait_s = pusher, frames, pool, wait_s
+        self.registrations = Registrations()
+
+    def to_endpoints(self, endpoints: list[str]) -> SGLangPush:
+        """To each of the endpoints."""
+        registration = Registration()
+        for endpoint in endpoints:
+            registration.add(endpoint, len(endpoints))
+        return SGLangPush(self._pusher, self._frames, self._pool, registration, self._wait_s)
+
+    @contextlib.contextmanager
+    def to_registered(self, req_id: str) -> Iterator[SGLangPush]:
+        """To those who register for `req_id`, before or while the context is open."""
+        with self.registrations.use(req_id) as registration:
+            yield SGLangPush(self._pusher, self._frames, self._pool, registration, self._wait_s)
+
+    def close(self) -> None:
+        """Forget all registrations."""
+        self.registrations.close()
