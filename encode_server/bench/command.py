@@ -74,14 +74,14 @@ def progress(console: Console) -> Iterator[Callable[[str], ShowProgress]]:
 
 
 def _table(url: str, media: str, reports: dict[str, LoadReport]) -> Table:
-    table = Table(title=f"{url}, {media}: closed loop by requests in work, open loop by rate")
-    for column in ("load", "items/s", "tokens/s", "p50 ms", "p90 ms", "p99 ms", "answers", "client CPU ms/request"):
+    table = Table(title=f"{media} to {url}")
+    for column in ("load", "items/s", "tokens/s", "p50 ms", "p90 ms", "p99 ms", "answers", "client CPU ms"):
         table.add_column(column, justify="right")
     for name, report in reports.items():
         table.add_row(
             name,
             f"{report.items_per_s:.1f}",
-            f"{report.tokens / report.seconds:.0f}",
+            f"{report.tokens_per_s:.0f}",
             *(f"{report.latency_s(percent) * 1e3:.1f}" for percent in (50, 90, 99)),
             ", ".join(f"{count} × {status or 'none'}" for status, count in sorted(report.outcomes.items())),
             f"{report.cpu_s / max(1, report.requests) * 1e3:.2f}",

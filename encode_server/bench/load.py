@@ -136,7 +136,7 @@ class _Run:
         result = Result(request, response, now - due)
         # A request counts where it ends: so a closed loop's rate is right however long each takes.
         if self._begin <= now < self._end:
-            self._report.add(result)
+            self._report.add(result, now)
         else:
             self._report.skipped += 1
         if self._on_result is not None:

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from encode_server import cli
-from encode_server.bench.client import LoadClient
+from encode_server.bench.client import LoadClient, Response
 from encode_server.bench.load import Load, run_load
-from encode_server.bench.report import percentile
+from encode_server.bench.report import LoadReport, Result, percentile
 from encode_server.bench.source import requests
 from encode_server.errors import StartupError
 from tests.bench.standin import Standin
@@ -118,6 +118,17 @@ def test_progress_is_told():
 def test_impossible_loads(how):
     with pytest.raises(StartupError):
         Load(**how)
+
+
+def test_answers_that_come_in_bursts_are_counted_by_whole_bursts():
+    """Five batches of eight, one a second, seen from the middle of one to just before the next."""
+    report = LoadReport(seconds=4.9)
+    request = next(requests(["16"]))
+    for second in range(5):
+        for place in range(4 if second == 0 else 8):
+            result = Result(request, Response(200, 0, b"", {}), 1.0)
+            report.add(result, second + place / 1000)
+    assert report.items_per_s == pytest.approx(8, rel=0.01)
 
 
 def test_percentiles():

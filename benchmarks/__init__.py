@@ -1,0 +1,1 @@
+"""Measurements of the whole service against what the same model costs without it."""

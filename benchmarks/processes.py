@@ -1,0 +1,149 @@
+"""The processes that are measured: floors that obey, and servers that serve. Each is started fresh and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import procfs
+from benchmarks.prometheus import Look
+
+
+class FloorProcess:
+    """A `benchmarks.worker`. Idle, it waits on its standard input and costs nothing."""
+
+    def __init__(self, kind: str, model: Path, device: str, dtype: str, threads: int) -> None:
+        options = [f"--kind={kind}", f"--model={model}", f"--device={device}", f"--dtype={dtype}"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", *options, f"--threads={threads}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(threads),
+        )
+        self._answer()
+
+    def do(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Have it done; the answer, which is `{"error": …}` when it could not be."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": operation, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the floor's process ended with status {self._process.wait()}")
+        return dict(json.loads(line))
+
+
+class ServerProcess:
+    """A server under its own port of 127.0.0.1, ready for requests once constructed.
+
+    `start_s`: seconds from the command to the first good answer of `ready_path`.
+    """
+
+    def __init__(
+        self, command: list[str], *, threads: int, ready_path: str = "/readyz", timeout_s: float = 900
+    ) -> None:
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        started = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command, f"--port={port}"],
+            stdout=self._log,
+            stderr=self._log,
+            env=_environment(threads),
+            process_group=0,
+        )
+        try:
+            self._wait(ready_path, started + timeout_s)
+        except BaseException:
+            self.close()
+            raise
+        self.start_s = time.perf_counter() - started
+
+    def look(self) -> Look:
+        """Its metrics now."""
+        return Look.parse(self._get("/metrics").decode())
+
+    def usage(self) -> procfs.Usage:
+        """Its CPU time now, its ranks' included."""
+        return procfs.usage(self.process.pid)
+
+    def close(self) -> None:
+        """End it, politely at first."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()  # its ranks die with it
+                self.process.wait()
+        self._log.close()
+
+    def _wait(self, path: str, deadline: float) -> None:
+        while time.perf_counter() < deadline:
+            if self.process.poll() is not None:
+                self._log.seek(0)
+                text = self._log.read().decode(errors="replace")
+                raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{text[-2000:]}")
+            try:
+                self._get(path)
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.05)
+        raise RuntimeError(f"the server was not ready after {deadline:.0f} s")
+
+    def _get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return bytes(answer.read())
+
+
+@contextlib.contextmanager
+def floor(kind: str, model: Path, device: str, dtype: str, threads: int) -> Iterator[FloorProcess]:
+    """A floor, ended after the block."""
+    process = FloorProcess(kind, model, device, dtype, threads)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+@contextlib.contextmanager
+def server(command: list[str], *, threads: int, ready_path: str = "/readyz") -> Iterator[ServerProcess]:
+    """A server, ended after the block."""
+    process = ServerProcess(command, threads=threads, ready_path=ready_path)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
