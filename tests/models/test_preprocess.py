@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from encode_server.media.limits import MediaLimits
 from encode_server.modality import Modality
 from encode_server.models.checkpoint import resolve
 from encode_server.models.families.qwen_vl import patch_timestamps
+from encode_server.models.pixels import unpack
 from encode_server.models.prepared import ItemOptions, Prepared
 from encode_server.models.preprocess import Preprocessor
 from tests.checkpoints import Checkpoints
@@ -25,8 +27,16 @@ def _preprocessor(checkpoints: Checkpoints, name: str) -> Preprocessor:
     return Preprocessor(resolve(str(checkpoints.path(name))), MediaLimits())
 
 
-def _assert_video(prepared: Prepared, inputs: dict[str, torch.Tensor]) -> None:
-    assert torch.equal(prepared.tensors["pixel_values"], inputs["pixel_values_videos"])
+def _as_the_tower_takes_it(prepared: Prepared, checkpoints: Checkpoints, name: str) -> torch.Tensor:
+    """What a rank makes of the bytes it is sent."""
+    assert prepared.tensors["pixel_values"].dtype is torch.uint8
+    patch = 16 if name == "qwen3_vl" else 14
+    config = SimpleNamespace(patch_size=patch, temporal_patch_size=2)
+    return unpack([prepared.tensors], config, torch.device("cpu"), torch.float32)
+
+
+def _assert_video(prepared: Prepared, inputs: dict[str, torch.Tensor], checkpoints: Checkpoints, name: str) -> None:
+    assert torch.equal(_as_the_tower_takes_it(prepared, checkpoints, name), inputs["pixel_values_videos"])
     assert prepared.grid_thw == tuple(inputs["video_grid_thw"][0].tolist())
 
 
@@ -34,7 +44,8 @@ def _assert_video(prepared: Prepared, inputs: dict[str, torch.Tensor]) -> None:
 def test_qwen_pictures(checkpoints: Checkpoints, name: str) -> None:
     prepared = _preprocessor(checkpoints, name).prepare(Modality.IMAGE, samples.png(150, 333))
     inputs = image_inputs(checkpoints.path(name), samples.pixels(150, 333))
-    assert torch.equal(prepared.tensors["pixel_values"], inputs["pixel_values"])
+    assert torch.equal(_as_the_tower_takes_it(prepared, checkpoints, name), inputs["pixel_values"])
+    assert prepared.tensors["pixel_values"].numel() * 2 == inputs["pixel_values"].numel()  # no repeated frame
     t, h, w = inputs["image_grid_thw"][0].tolist()
     assert prepared.grid_thw == (t, h, w)
     assert (prepared.tokens, prepared.cost, prepared.segment) == (t * h * w // 4, t * h * w, h * w)
@@ -54,7 +65,7 @@ def test_clips(checkpoints: Checkpoints, name: str) -> None:
     clip = samples.clip(40, 40, 60)
     prepared = _preprocessor(checkpoints, name).prepare(Modality.VIDEO, clip)
     inputs = video_inputs(checkpoints.path(name), clip)
-    _assert_video(prepared, inputs)
+    _assert_video(prepared, inputs, checkpoints, name)
     sampled = name in ("qwen3_vl", "qwen2_5_omni_thinker")
     assert prepared.grid_thw is not None
     assert prepared.grid_thw[0] == (4 if sampled else 20)
@@ -121,7 +132,7 @@ def test_pixel_bounds_apply_to_one_call(checkpoints: Checkpoints, name: str) -> 
         sized = preprocessor.prepare(Modality.IMAGE, picture, ItemOptions(min_pixels=low, max_pixels=high))
         size = {"shortest_edge": low or 56 * 56, "longest_edge": high or 500 * 500}
         inputs = image_inputs(checkpoints.path(name), samples.pixels(300, 300), size=size)
-        assert torch.equal(sized.tensors["pixel_values"], inputs["pixel_values"])
+        assert torch.equal(_as_the_tower_takes_it(sized, checkpoints, name), inputs["pixel_values"])
         assert sized.grid_thw != plain.grid_thw
     assert preprocessor.prepare(Modality.IMAGE, picture).grid_thw == plain.grid_thw
 
@@ -148,7 +159,9 @@ def test_frame_options_apply_to_one_call(
     assert chosen.grid_thw[0] == frames // 2
     if options.max_frames is options.min_frames is None:
         given = {"fps": options.fps} if options.fps else {"fps": None, "num_frames": options.num_frames}
-        _assert_video(chosen, video_inputs(checkpoints.path(name), clip, do_sample_frames=True, **given))
+        _assert_video(
+            chosen, video_inputs(checkpoints.path(name), clip, do_sample_frames=True, **given), checkpoints, name
+        )
     assert preprocessor.prepare(Modality.VIDEO, clip).grid_thw == plain.grid_thw
 
 

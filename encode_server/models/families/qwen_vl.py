@@ -12,9 +12,10 @@ from PIL import Image
 
 from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint
-from encode_server.models.families.base import Family, Item, gather, without_language_model
+from encode_server.models.families.base import Family, Item, without_language_model
 from encode_server.models.layouts import Grid, VisionLayouts
 from encode_server.models.parallel import Plan, Style
+from encode_server.models.pixels import pack, raw_options, unpack
 from encode_server.models.prepared import Prepared
 
 VISION_PLAN: Plan = {
@@ -36,8 +37,8 @@ class QwenVision(Family):
         self._layouts: VisionLayouts | None = None
 
     def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
-        output = processor(images=[image], return_tensors="pt", **options)
-        return _prepared(output["pixel_values"], output["image_grid_thw"], processor)
+        output = processor(images=[image], return_tensors="pt", **raw_options(processor), **options)
+        return _prepared(pack(output["pixel_values"], processor, still=True), output["image_grid_thw"], processor)
 
     def prepare_video(
         self, processor: Any, frames: npt.NDArray[np.uint8], metadata: Any, options: Mapping[str, Any]
@@ -49,9 +50,11 @@ class QwenVision(Family):
             do_sample_frames=False,
             input_data_format="channels_last",
             return_tensors="pt",
+            **raw_options(processor),
             **options,
         )
-        prepared = _prepared(output["pixel_values_videos"], output["video_grid_thw"], processor)
+        tensors = pack(output["pixel_values_videos"], processor, still=False)
+        prepared = _prepared(tensors, output["video_grid_thw"], processor)
         prepared.extra.update(self.video_extra(metadata, int(processor.temporal_patch_size)))
         return prepared
 
@@ -67,7 +70,7 @@ class QwenVision(Family):
             pixels = prepared.tensors["pixel_values"][start * h * w : (start + length) * h * w]
             pieces.append(
                 Prepared(
-                    tensors={"pixel_values": pixels, "grid_thw": torch.tensor((length, h, w))},
+                    tensors=prepared.tensors | {"pixel_values": pixels, "grid_thw": torch.tensor((length, h, w))},
                     tokens=prepared.tokens // t * length,
                     cost=length * h * w,
                     segment=h * w,
@@ -92,7 +95,7 @@ class QwenVision(Family):
         grids: list[Grid] = [tuple(item["grid_thw"].tolist()) for item in items]
         # prefixed, or transformers takes cu_seqlens for the language model's and drops it
         layout = {f"{modality}_{name}": value for name, value in self._layouts.batch(grids, device).items()}
-        pixels = gather(items, "pixel_values", device, tower.dtype)
+        pixels = unpack(items, tower.config, device, tower.dtype)
         grid_thw = torch.tensor(grids)  # on the CPU: only split sizes are taken from it
         features = model.get_image_features if modality is Modality.IMAGE else model.get_video_features
         output = features(pixels, grid_thw, return_dict=True, **layout)
@@ -169,10 +172,10 @@ def patch_timestamps(indices: Sequence[int], fps: float, temporal_patch: int) ->
     return [(times[i] + times[i + temporal_patch - 1]) / 2 for i in range(0, len(times), temporal_patch)]
 
 
-def _prepared(pixels: torch.Tensor, grid_thw: torch.Tensor, processor: Any) -> Prepared:
+def _prepared(tensors: dict[str, torch.Tensor], grid_thw: torch.Tensor, processor: Any) -> Prepared:
     t, h, w = (int(side) for side in grid_thw[0].tolist())
     return Prepared(
-        tensors={"pixel_values": pixels.contiguous(), "grid_thw": grid_thw[0].to(torch.int64).contiguous()},
+        tensors=tensors | {"grid_thw": grid_thw[0].to(torch.int64).contiguous()},
         tokens=t * h * w // int(processor.merge_size) ** 2,
         cost=t * h * w,
         segment=h * w,
