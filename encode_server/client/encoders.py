@@ -19,6 +19,7 @@ Choice = Literal["content", "least_loaded"]
 
 PROBE_TIMEOUT_S = 3.0
 SICK_PROBE_S = 0.5
+MISSES = 2  # a machine that is short of CPU misses one now and then
 
 
 class Encoder:
@@ -97,16 +98,14 @@ class Encoders:
                 group.create_task(self._watch(encoder))
 
     async def _watch(self, encoder: Encoder) -> None:
+        misses = 0
         while True:
             encoder.suspected.clear()
-            try:
-                well = (await encoder.client.health(timeout=PROBE_TIMEOUT_S)).ok
-            except (ClientError, TimeoutError):
-                well = False
-            if not encoder.suspected.is_set():  # what failed meanwhile is newer than this answer
+            misses = 0 if (well := await _says_well(encoder)) else misses + 1
+            if not encoder.suspected.is_set() and (well or misses >= MISSES):  # a suspicion is newer than the answer
                 self._judge(encoder, well)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._probe_s if encoder.healthy else SICK_PROBE_S):
+                async with asyncio.timeout(SICK_PROBE_S if misses or not encoder.healthy else self._probe_s):
                     await encoder.suspected.wait()
             await asyncio.sleep(0.05)  # whatever fails how fast: no busy loop
 
@@ -117,3 +116,9 @@ class Encoders:
         logger.log(logging.INFO if healthy else logging.WARNING, "%s is %s", encoder.url, "well" if healthy else "sick")
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+async def _says_well(encoder: Encoder) -> bool:
+    with contextlib.suppress(ClientError, TimeoutError):
+        return (await encoder.client.health(timeout=PROBE_TIMEOUT_S)).ok
+    return False

@@ -1,0 +1,37 @@
+"""What `StoreDelivery` writes is what safetensors reads, in every dtype."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from encode_server.delivery.base import Part
+from encode_server.delivery.folder import ENTRY, EntryFolder
+from encode_server.delivery.frames import ItemInfo
+from encode_server.delivery.store import EmbeddingStore
+from encode_server.modality import Modality
+from encode_server.pipeline.request import Encoded, EncodedItem
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_dtype_comes_back_bit_equal(tmp_path, dtype):
+    values = [torch.randn(rows, 6).to(getattr(torch, dtype)) for rows in (3, 1, 5)]
+    items = [
+        EncodedItem(ItemInfo(len(v), None, f"sha256:{i}"), {}, memoryview(v.view(torch.uint8).numpy().tobytes()))
+        for i, v in enumerate(values)
+    ]
+    encoded = Encoded(Modality.AUDIO, "tiny", dtype, 6, items)
+    with ThreadPoolExecutor(1) as pool:
+        store = EmbeddingStore(EntryFolder(str(tmp_path), max_bytes=1 << 20, max_age_s=600), 600, pool)
+        delivery = store.delivery(["a", "b", "c"])
+        asyncio.run(delivery.deliver(Part("r", 0, 1, Modality.AUDIO, "tiny"), encoded))
+    for i, (name, expected) in enumerate(zip("abc", values, strict=True)):
+        with safe_open(tmp_path / name / ENTRY, "pt") as file:
+            assert list(file.keys()) == ["ec_cache"]
+            tensor = file.get_tensor("ec_cache")
+            assert file.metadata()["content_hash"] == f"sha256:{i}"
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)

@@ -1,0 +1,89 @@
+"""A stand-in for vLLM's OpenAI server: it looks for the embeddings when a request arrives, and streams words back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from encode_server.delivery.folder import ENTRY
+from encode_server.tensorfile import expected_size
+
+WORDS = ["one", "two", "three"]
+
+
+class EngineStandIn:
+    """`seen`: the requests. `found`: for each, whether the entry of every `uuid` was there, whole."""
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self.seen: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.found: list[dict[str, bool]] = []
+        self.gone = threading.Event()
+        self.go_on = threading.Event()
+        self.url = ""
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request) -> Response:
+            body = await request.json()
+            self.seen.append(body)
+            self.headers.append(dict(request.headers))
+            parts = [p for m in body["messages"] if isinstance(m["content"], list) for p in m["content"]]
+            self.found.append({p["uuid"]: self._whole(p["uuid"]) for p in parts if "uuid" in p})
+            if body.get("model") == "unknown":
+                return JSONResponse({"error": {"message": "no such model"}}, 404)
+            if not body.get("stream"):
+                return JSONResponse({"choices": [{"message": {"content": " ".join(WORDS)}}]})
+            return StreamingResponse(self._words(), media_type="text/event-stream")
+
+        @app.get("/v1/models")
+        async def models() -> dict[str, Any]:
+            return {"data": [{"id": "m"}]}
+
+        @app.get("/health")
+        async def health() -> None:
+            return None
+
+        return app
+
+    def _whole(self, uuid: str) -> bool:
+        path = self.store / uuid / ENTRY
+        return path.exists() and expected_size(data := path.read_bytes()) == len(data)
+
+    async def _words(self) -> AsyncIterator[str]:
+        try:
+            for word in WORDS:
+                yield "data: " + json.dumps({"choices": [{"delta": {"content": word}}]}) + "\n\n"
+                await asyncio.to_thread(self.go_on.wait, 10)
+            yield "data: [DONE]\n\n"
+        except asyncio.CancelledError:
+            self.gone.set()
+            raise
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """The URL of an application served in a thread."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        listener.close()

@@ -1,0 +1,157 @@
+"""`encode-server route`: a real proxy process, real encoders, and an engine that looks for the embeddings."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.fleet.engine_standin import WORDS, EngineStandIn, served
+from tests.live import LiveServer
+from tests.models.samples import clip, png
+
+
+@pytest.fixture(scope="module")
+def engine(_fleet) -> Iterator[EngineStandIn]:
+    stand_in = EngineStandIn(_fleet.store)
+    stand_in.go_on.set()
+    with served(stand_in.app()) as stand_in.url:
+        yield stand_in
+
+
+def router(tmp_path, engine_url: str, encoders: list[str], *options: str) -> LiveServer:
+    urls = [part for url in encoders for part in ("--encoder-url", url)]
+    arguments = ["route", "--port", "0", "--engine-url", engine_url, *urls, *options]
+    return LiveServer("", tmp_path, command=[sys.executable, "-m", "encode_server.cli", *arguments])
+
+
+@pytest.fixture(scope="module")
+def route(_fleet, engine, tmp_path_factory) -> Iterator[str]:
+    with router(tmp_path_factory.mktemp("route"), engine.url, _fleet.whole().urls) as live:
+        yield live.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
+
+
+def data_uri(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64," + base64.b64encode(data).decode()
+
+
+def image(data: bytes, **more: object) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": data_uri(data)}} | more
+
+
+def chat(*parts: dict[str, object], **more: object) -> dict[str, object]:
+    return {"model": "m", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]} | more
+
+
+def post(route: str, body: object, **more: object) -> httpx.Response:
+    return httpx.post(route + "/v1/chat/completions", json=body, timeout=60, **more)
+
+
+def test_embeddings_are_in_place_when_the_engine_is_asked(fleet, engine, route):
+    video = {"type": "video_url", "video_url": {"url": data_uri(clip(4, 64, 64), "image/gif")}}
+    body = chat(image(png(64, 64, 20)), image(png(64, 96, 21)), video, temperature=0)
+    answer = post(route, body, headers={"Authorization": "Bearer engine-key", "X-Request-Id": "r7"})
+    assert answer.json()["choices"][0]["message"]["content"] == "one two three"
+    found = engine.found[-1]
+    assert len(found) == 3 and all(found.values())
+    assert engine.headers[-1]["authorization"] == "Bearer engine-key" and engine.headers[-1]["x-request-id"] == "r7"
+    forwarded = engine.seen[-1]
+    for part in forwarded["messages"][0]["content"]:
+        part.pop("uuid", None)
+    assert forwarded == body, "nothing but the names was added"
+
+
+def test_names_follow_content_and_the_callers_uuid(fleet, engine, route):
+    first, second = png(64, 64, 22), png(64, 64, 23)
+    post(route, chat(image(first), image(second), image(first)))
+    one, two, three = (part["uuid"] for part in engine.seen[-1]["messages"][0]["content"][:3])
+    assert one == three != two
+    post(route, chat(image(first, uuid="../../mine")))
+    mine = engine.seen[-1]["messages"][0]["content"][0]["uuid"]
+    assert mine != one and mine.isalnum() and engine.found[-1] == {mine: True}
+
+
+def test_a_stream_comes_chunk_by_chunk(fleet, engine, route):
+    engine.go_on.clear()
+    body = chat(image(png(64, 64, 24)), stream=True)
+    with httpx.stream("POST", route + "/v1/chat/completions", json=body, timeout=60) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = answer.iter_lines()
+        assert json.loads(next(lines)[6:])["choices"][0]["delta"]["content"] == WORDS[0], "before the engine went on"
+        engine.go_on.set()
+        rest = [line for line in lines if line]
+    assert len(rest) == 3 and rest[-1] == "data: [DONE]"
+
+
+def test_a_caller_who_leaves_ends_the_engines_work(fleet, engine, route):
+    engine.gone.clear()
+    engine.go_on.clear()
+    body = chat(image(png(64, 64, 25)), stream=True)
+    with httpx.stream("POST", route + "/v1/chat/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+    threading.Timer(0.5, engine.go_on.set).start()
+    assert engine.gone.wait(10)
+
+
+def test_without_media_the_request_is_not_touched(fleet, engine, route):
+    raw = b'{"messages": [ {"role":"user","content":"hi"} ],  "model":"m"}'
+    answer = httpx.post(route + "/v1/chat/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 200 and engine.seen[-1]["messages"][0]["content"] == "hi"
+    assert int(engine.headers[-1]["content-length"]) == len(raw)
+    assert httpx.get(route + "/v1/models").json() == {"data": [{"id": "m"}]}
+
+
+def test_options_that_rename_leave_the_media_to_the_engine(fleet, engine, route):
+    post(route, chat(image(png(64, 64, 26)), mm_processor_kwargs={"max_pixels": 5000}))
+    assert engine.found[-1] == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"prompt": "x"}, "messages"),
+        ([], "messages"),
+        (chat({"type": "image_url", "image_url": {"uri": "x"}}), "url"),
+        (chat({"type": "input_audio", "input_audio": {"data": 5}}), "input_audio"),
+        (chat({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "mm_items[0]"),
+    ],
+)
+def test_a_bad_request_is_answered_as_openai_would(fleet, engine, route, body, said):
+    before = len(engine.seen)
+    answer = post(route, body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 == error["code"] and said in error["message"] and len(engine.seen) == before
+
+
+def test_the_engines_own_errors_pass(fleet, engine, route):
+    answer = post(route, chat(image(png(64, 64, 27)), model="unknown"))
+    assert answer.status_code == 404 and answer.json() == {"error": {"message": "no such model"}}
+
+
+def test_another_encoder_takes_over_and_an_absent_engine_is_said(fleet, engine, tmp_path):
+    with router(tmp_path / "one", engine.url, ["http://127.0.0.1:9", fleet.a.base_url]) as live:
+        url = live.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
+        live.wait_for_log("startup complete")
+        for seed in range(30, 36):
+            assert post(url, chat(image(png(64, 64, seed)))).status_code == 200
+            assert all(engine.found[-1].values())
+    with router(tmp_path / "two", "http://127.0.0.1:9", ["http://127.0.0.1:9"], "--timeout-s", "1") as live:
+        url = live.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
+        live.wait_for_log("startup complete")
+        answer = post(url, chat(image(png(64, 64, 40))))
+        assert answer.status_code == 504 and "could not be encoded" in answer.json()["error"]["message"]
+        answer = post(url, chat())
+        assert answer.status_code == 502 and "engine does not answer" in answer.json()["error"]["message"]
+        assert httpx.get(url + "/health").status_code == 503
+        assert live.terminate() == 0
+
+
+def test_options_are_checked(tmp_path):
+    with router(tmp_path, "localhost:8000", ["http://127.0.0.1:9"]) as live:
+        assert live.process.wait(20) == 1
+        live.wait_for_log("'localhost:8000' is not a URL")
