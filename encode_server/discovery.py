@@ -25,8 +25,8 @@ WITHDRAW_S = 2.0
 class Announcer:
     """Registers `own_url` with every bootstrap in `urls` while `ready()`, for as long as it runs.
 
-    A bootstrap may come up later, or restart and forget us: it is asked every few seconds. `host`: by which others reach
-    us; None is the address that this host has towards the bootstrap. Raises StartupError for what is no URL.
+    A bootstrap may come up later, or restart and forget us: it is asked every few seconds. `host`: by which others
+    reach us; None is the address that this host has towards the bootstrap. Raises StartupError for what is no URL.
     """
 
     def __init__(self, urls: Sequence[str], scheme: str, host: str | None, ready: Callable[[], bool]) -> None:

@@ -176,6 +176,8 @@ class Server:
         metrics = self.metrics
         metrics.queued.set(self._batcher.queued)
         metrics.in_flight.set(self._batcher.in_flight)
+        metrics.undelivered.set(self.undelivered.bytes)
+        metrics.registrations.set(len(self.sglang.registrations))
         metrics.arena_used.set(self._arena.used)
         metrics.arena_size.set(self._arena.size)
         metrics.cache_bytes.set(self._cache.bytes)

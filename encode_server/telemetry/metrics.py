@@ -50,6 +50,12 @@ class Metrics:
         self.in_work = Gauge("encode_requests_in_work", "Requests accepted and not ended", registry=self.registry)
         self.queued = Gauge("encode_queued_items", "Items waiting for a batch", registry=self.registry)
         self.in_flight = Gauge("encode_batches_in_flight", "Batches sent to the ranks", registry=self.registry)
+        self.undelivered = Gauge(
+            "encode_undelivered_bytes", "Bytes of embeddings that wait for a destination", registry=self.registry
+        )
+        self.registrations = Gauge(
+            "encode_registrations", "Parts for which destinations are registered or waited for", registry=self.registry
+        )
         self.arena_used = Gauge("encode_arena_used_bytes", "Bytes of the arena granted", registry=self.registry)
         self.arena_size = Gauge("encode_arena_size_bytes", "Bytes of the arena", registry=self.registry)
         self.rank_up = Gauge("encode_rank_up", "1 when the rank is ready", ["rank"], registry=self.registry)
