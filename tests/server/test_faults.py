@@ -10,7 +10,7 @@ import httpx
 from encode_server.client import EncodeClient, EncodeServerError
 from tests.live import LiveServer, eventually
 
-FAULTS = str(Path(__file__).parent.parent / "faults")
+FAULTS = str(Path(__file__).parents[2] / "benchmarks" / "faults")
 SIZE = {"kill": (364, 28), "hang": (392, 28), "memory": (420, 28), "error": (448, 28)}
 
 
