@@ -14,7 +14,7 @@ from encode_server.pipeline.work import embedding_bytes
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One item of a request: a URL, data URI, base64 text, or the media bytes themselves. `uuid`: its name in a store."""
+    """One item of a request: a URL, data URI, base64 text, or the media bytes. `uuid`: its name in a store."""
 
     source: str | bytes
     options: ItemOptions = field(default_factory=ItemOptions)

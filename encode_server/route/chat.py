@@ -51,7 +51,7 @@ def name_parts(parts: list[MediaPart], video_frames: int) -> dict[Modality, list
         digest = hashlib.sha256(repr((str(found.modality), frames, found.part.get("uuid"))).encode())
         digest.update(found.source.encode(errors="surrogatepass"))
         name = found.part["uuid"] = digest.hexdigest()
-        items.setdefault(found.modality, {})[name] = Item(found.source, num_frames=frames, uuid=name)
+        items.setdefault(found.modality, {})[name] = Item(found.source, even_frames=frames, uuid=name)
     return {modality: list(named.values()) for modality, named in items.items()}
 
 
