@@ -61,7 +61,8 @@ def serve(settings: Settings) -> int:
         )
         host, port = listener.getsockname()[:2]
         app.state.server.port = port
-        log.info("serving %s on http://%s:%d, loading", settings.model, host, port)
+        scheme = "https" if settings.ssl_certfile else "http"
+        log.info("serving %s on %s://%s:%d, loading", settings.model, scheme, host, port)
         uvloop.run(_until_signalled(server, listener, app.state.server.drain))
     if failures:
         raise StartupError(failures[0])

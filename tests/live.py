@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -44,6 +45,7 @@ class LiveServer:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.base_url = ""
+        self.verify: ssl.SSLContext | bool = True  # the certificate to trust, of a server with TLS
 
     def __enter__(self) -> LiveServer:
         return self
@@ -70,10 +72,10 @@ class LiveServer:
 
     def listening(self) -> LiveServer:
         """Wait until it accepts connections (it may still be loading)."""
-        self.base_url = self.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
+        self.base_url = self.wait_for_log(r"serving .* on (https?://\S+:\d+)")[1]
         while True:
             try:
-                httpx.get(self.base_url + "/livez", timeout=5)
+                httpx.get(self.base_url + "/livez", timeout=5, verify=self.verify)
                 return self
             except httpx.TransportError:
                 assert self.process.poll() is None, self.log
@@ -85,7 +87,7 @@ class LiveServer:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             try:
-                if httpx.get(self.base_url + "/readyz", timeout=10).status_code == 200:
+                if httpx.get(self.base_url + "/readyz", timeout=10, verify=self.verify).status_code == 200:
                     return self
             except httpx.TransportError:
                 pass

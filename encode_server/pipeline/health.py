@@ -19,6 +19,7 @@ from encode_server.pipeline.pipeline import Pipeline
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
 
 ANSWER_S = 1.5  # probers give up after 2 s
+RECENT_S = 5.0  # an encode this long ago still shows that the ranks work: a starved machine is slow, not dead
 
 
 @dataclass
@@ -66,6 +67,8 @@ class HealthProbe:
             return self._verdict("the server is stopping" if probe.cancelled() else probe.result())
         if self._batcher.traffic_in_flight:
             return self._by_progress()
+        if self._last_success is not None and time.time() - self._last_success < ANSWER_S + RECENT_S:
+            return self._verdict("")
         return self._verdict(f"a probe's encode on an idle engine did not end within {ANSWER_S} s")
 
     async def close(self) -> None:
