@@ -69,7 +69,6 @@ def _media_item(item: str | ItemBody) -> MediaItem:
         num_frames=item.num_frames,
         min_frames=item.min_frames,
         max_frames=item.max_frames,
-        even_frames=item.even_frames,
     )
     return MediaItem(item.url, options, item.content_hash, item.uuid)
 

@@ -24,7 +24,6 @@ class ItemBody(msgspec.Struct, kw_only=True):
     num_frames: PositiveInt | None = None
     min_frames: PositiveInt | None = None
     max_frames: PositiveInt | None = None
-    even_frames: PositiveInt | None = None
     uuid: str | None = None
 
 

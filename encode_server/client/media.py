@@ -21,9 +21,8 @@ class Item:
 
     `media`: a URL, data URI or bare base64 (`str`), the file's content (`bytes`), or a local file (`Path`).
     `min_pixels`, `max_pixels`: bounds of an image's or frame's area. `fps`: frames sampled per second of video, at most
-    `max_frames` of them; `even_frames`: instead of it, so many from the first to the last, or all there are.
-    `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of its embedding in a
-    store. None leaves the server's own choice.
+    `max_frames` of them. `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of
+    its embedding in a store. None leaves the server's own choice.
     """
 
     media: str | bytes | Path
@@ -32,7 +31,6 @@ class Item:
     fps: float | None = None
     max_frames: int | None = None
     content_hash: str | None = None
-    even_frames: int | None = None
     uuid: str | None = None
 
 

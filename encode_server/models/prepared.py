@@ -15,8 +15,7 @@ class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Per-item options; None leaves the checkpoint's own setting.
 
     `min_pixels` and `max_pixels` bound the resized image, or one frame of a video as the checkpoint's video processor
-    counts it; `fps` (frames per second of video) or `num_frames`, and `min_frames`, `max_frames`, choose frames by the
-    checkpoint's own rule; `even_frames` chooses so many evenly from the first to the last, or all there are.
+    counts it; `fps` (frames per second of video) or `num_frames`, and `min_frames`, `max_frames`, choose frames.
     """
 
     min_pixels: int | None = None
@@ -25,7 +24,6 @@ class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     num_frames: int | None = None
     min_frames: int | None = None
     max_frames: int | None = None
-    even_frames: int | None = None
 
 
 @dataclass(frozen=True)

@@ -146,14 +146,12 @@ def _load_processor(checkpoint: Checkpoint, modality: Modality) -> Any:
 
 
 def _check(options: ItemOptions) -> None:
-    for name in ("min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames", "even_frames"):
+    for name in ("min_pixels", "max_pixels", "fps", "num_frames", "min_frames", "max_frames"):
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise BadRequest(f"{name} must be above 0, got {value}")
     if options.fps is not None and options.num_frames is not None:
         raise BadRequest("fps and num_frames exclude each other")
-    if options.even_frames is not None and (options.fps or options.num_frames):
-        raise BadRequest("even_frames goes without fps and num_frames")
     for low, high in (("min_pixels", "max_pixels"), ("min_frames", "max_frames")):
         least, most = getattr(options, low), getattr(options, high)
         if least is not None and most is not None and least > most:
@@ -192,8 +190,6 @@ def _choose(sampler: Any, metadata: Any, options: ItemOptions) -> list[int]:
     clip of fewer frames than one temporal patch is taken whole, because `sample_frames` can't choose from it.
     """
     total = int(metadata.total_num_frames)
-    if options.even_frames is not None:
-        return _evenly(total, options.even_frames)
     sampled = sampler.do_sample_frames and (sampler.fps or sampler.num_frames)
     count = None
     if not sampled and options.max_frames is not None and options.max_frames < total:
@@ -209,13 +205,6 @@ def _choose(sampler: Any, metadata: Any, options: ItemOptions) -> list[int]:
     if not indices:
         raise BadRequest(f"these options choose no frame of {total}")
     return indices
-
-
-def _evenly(total: int, most: int) -> list[int]:
-    """The first and the last frame, and what lies evenly between: vLLM's choice, down to how numpy rounds."""
-    import numpy as np
-
-    return [int(index) for index in np.linspace(0, total - 1, min(most, total)).astype(int)]
 
 
 def _line(error: BaseException) -> str:

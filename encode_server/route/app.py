@@ -97,7 +97,7 @@ class Router:
         if renames(body):
             log.warning("mm_processor_kwargs or media_io_kwargs given: the engine encodes this request's media itself")
             return content
-        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_frames)
+        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_fps)
         try:
             async with asyncio.TaskGroup() as group:
                 for modality, items in named.items():

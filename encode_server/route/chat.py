@@ -39,7 +39,7 @@ def renames(body: dict[str, Any]) -> bool:
     return any(body.get(field) for field in RENAMING)
 
 
-def name_parts(parts: list[MediaPart], video_frames: int) -> dict[Modality, list[Item]]:
+def name_parts(parts: list[MediaPart], video_fps: float) -> dict[Modality, list[Item]]:
     """Set each part's `uuid`, and say what has to be encoded; the same media once. Hashes all of it.
 
     A name covers the content (for a URL: the URL) and the caller's own `uuid`, so that nobody can put an embedding in
@@ -47,11 +47,11 @@ def name_parts(parts: list[MediaPart], video_frames: int) -> dict[Modality, list
     """
     items: dict[Modality, dict[str, Item]] = {}
     for found in parts:
-        frames = video_frames if found.modality is Modality.VIDEO else None
-        digest = hashlib.sha256(repr((str(found.modality), frames, found.part.get("uuid"))).encode())
+        fps = video_fps if found.modality is Modality.VIDEO else None
+        digest = hashlib.sha256(repr((str(found.modality), fps, found.part.get("uuid"))).encode())
         digest.update(found.source.encode(errors="surrogatepass"))
         name = found.part["uuid"] = digest.hexdigest()
-        items.setdefault(found.modality, {})[name] = Item(found.source, even_frames=frames, uuid=name)
+        items.setdefault(found.modality, {})[name] = Item(found.source, fps=fps, uuid=name)
     return {modality: list(named.values()) for modality, named in items.items()}
 
 

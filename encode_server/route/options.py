@@ -20,7 +20,7 @@ class RouteOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     timeout_s: float = 60.0
-    video_frames: int = 32
+    video_fps: float = 2.0
     max_body_mb: int = 128
     choice: Choice = "content"
 
@@ -45,7 +45,7 @@ def add_route_options(parser: ArgumentParser) -> None:
     add("--host", help="address to listen on [%(default)s]")
     add("--port", type=int, help="port to listen on; 0 picks a free one [%(default)s]")
     add("--timeout-s", type=float, metavar="S", help="longest time for encoding a request's media [%(default)s]")
-    add("--video-frames", type=int, metavar="N", help="frames the engine takes from a video [%(default)s]")
+    add("--video-fps", type=float, metavar="N", help="frames per second the engine takes of a video [%(default)s]")
     add("--max-body-mb", type=int, metavar="MB", help="largest request body [%(default)s]")
     add("--choice", choices=get_args(Choice), help="which encoder gets an item [%(default)s]")
 

@@ -41,7 +41,7 @@ def test_deepstack_levels_follow_the_embedding_on_the_last_dimension(fleet):
     async def store():
         async with EncodeClient(fleet.b.base_url) as client:
             await client.store([Item(png(96, 64, 3), uuid="deep")], "image")
-            await client.store([Item(clip(4, 64, 64), uuid="deep-video", even_frames=4)], "video")
+            await client.store([Item(clip(4, 64, 64), uuid="deep-video", fps=10)], "video")
 
     asyncio.run(store())
     reference = Reference(fleet.checkpoint, "qwen3_vl")
