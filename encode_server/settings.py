@@ -93,6 +93,11 @@ class Settings(BaseSettings):
     max_media_mb: int = Field(64, ge=1, description="largest media item as sent or downloaded")
     max_pixels: int = Field(64_000_000, ge=1, description="most pixels of an image or a video frame, before decoding")
     max_frames: int = Field(36_000, ge=1, description="most frames in one video, before sampling")
+    video_fps: float | None = Field(
+        None,
+        gt=0,
+        description="frames per second taken from a video whose request does not say; none: the checkpoint's",
+    )
     max_audio_s: float = Field(1800.0, gt=0, description="longest audio")
     decode_s: float = Field(30.0, gt=0, description="longest time for decoding one item")
     fetch_s: float = Field(20.0, gt=0, description="longest time for downloading one item")

@@ -19,6 +19,7 @@ from encode_server.delivery.base import Delivery, Part
 from encode_server.delivery.native import NativePush
 from encode_server.delivery.sglang import SGLangPush
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, Forbidden, NotReady
+from encode_server.modality import Modality
 from encode_server.pipeline.admission import Ticket
 from encode_server.pipeline.pools import run_to_end
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
@@ -111,7 +112,10 @@ class EncodeCall:
         if body.part_idx >= body.num_parts:
             raise BadRequest(f"part_idx is {body.part_idx}, expected less than num_parts, {body.num_parts}")
         ticket.weigh(nbytes=sum(len(item.source) for item in media))
-        return EncodeRequest(req_id, body.checked_modality(), media, deadline, ticket, stages=self._stages)
+        modality = body.checked_modality()
+        if modality is Modality.VIDEO and settings.video_fps is not None:
+            media = [item.with_fps(settings.video_fps) for item in media]
+        return EncodeRequest(req_id, modality, media, deadline, ticket, stages=self._stages)
 
     async def _delivery(self, body: EncodeBody, media: list[MediaItem], held: contextlib.ExitStack) -> Delivery | None:
         """Where the embedding goes, or None when it goes back in the answer. `held` is left when the request ends."""

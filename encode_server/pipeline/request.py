@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from encode_server.delivery.frames import ItemInfo
 from encode_server.modality import Modality
@@ -20,6 +22,12 @@ class MediaItem:
     options: ItemOptions = field(default_factory=ItemOptions)
     content_hash: str | None = None
     uuid: str | None = None
+
+    def with_fps(self, fps: float) -> MediaItem:
+        """The same, with so many frames per second where its options do not choose frames."""
+        if self.options.fps is not None or self.options.num_frames is not None:
+            return self
+        return replace(self, options=msgspec.structs.replace(self.options, fps=fps))
 
 
 @dataclass

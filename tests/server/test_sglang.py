@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from encode_server import demo_media
+from encode_server.models.prepared import ItemOptions
+from encode_server.pipeline.request import MediaItem
 from tests.delivery import sglang_standin as sglang
 from tests.live import LiveServer, eventually
 from tests.server.prefill_standin import Bootstrap, PrefillRank
@@ -169,6 +171,13 @@ def test_files_are_read_below_media_roots_only(live, rank, tmp_path):
         answer = post(live, "/encode", body("file", item, port=rank.port))
         assert answer.status_code in (400, 403), answer.text
         assert rank.receive().error_code == answer.status_code
+
+
+def test_video_fps_is_for_items_that_do_not_choose():
+    assert MediaItem("x").with_fps(2).options == ItemOptions(fps=2)
+    assert MediaItem("x", ItemOptions(max_pixels=9, max_frames=8)).with_fps(2).options.fps == 2
+    for options in (ItemOptions(fps=1), ItemOptions(num_frames=4)):
+        assert MediaItem("x", options).with_fps(2).options == options
 
 
 # To ranks that register: zmq_to_scheduler.
