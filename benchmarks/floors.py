@@ -18,7 +18,7 @@ import transformers
 from PIL import Image
 
 from encode_server.bench.media import UniqueMedia
-from encode_server.bench.source import pool
+from encode_server.bench.source import PICTURES, pool
 from encode_server.errors import StartupError
 from encode_server.media.audio import decode_audio
 from encode_server.media.image import decode_image
@@ -43,10 +43,11 @@ class Rate:
 
 
 class Floor(ABC):
-    """A model on a device, and a batch of ready tensors for it."""
+    """A model on a device, and a batch of ready tensors for it, made of `distinct` pictures."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, distinct: int) -> None:
         self.device = torch.device(device)
+        self.distinct = distinct
 
     @abstractmethod
     def prepare(self, what: str, batch: int) -> Callable[[], int]:
@@ -82,27 +83,30 @@ class Floor(ABC):
 class TransformersFloor(Floor):
     """The checkpoint in transformers as anybody loads it, with its `sdpa` attention."""
 
-    def __init__(self, path: Path, device: str, dtype: str) -> None:
-        super().__init__(device)
+    def __init__(self, path: Path, device: str, dtype: str, distinct: int = PICTURES) -> None:
+        super().__init__(device, distinct)
         self._path = path
         self._model = load_plain_model(path, device, dtype)
         self._dtype = DTYPES[dtype]
 
     def prepare(self, what: str, batch: int) -> Callable[[], int]:
-        copies = [medium.copy() for medium in itertools.islice(itertools.cycle(pool(what)), batch)]
-        modality = pool(what)[0].modality
-        build = {Modality.IMAGE: self._images, Modality.VIDEO: self._videos, Modality.AUDIO: self._audio}
-        return build[modality](copies)
+        media = pool(what, count=self.distinct)
+        modality = media[0].modality
+        copies = [medium.copy() for medium in media[:batch]]
+        if modality is Modality.IMAGE:
+            return self._images(copies, batch)
+        copies = list(itertools.islice(itertools.cycle(copies), batch))
+        return self._videos(copies) if modality is Modality.VIDEO else self._audio(copies)
 
-    def _images(self, copies: list[bytes]) -> Callable[[], int]:
+    def _images(self, copies: list[bytes], batch: int) -> Callable[[], int]:
         processor = transformers.AutoImageProcessor.from_pretrained(self._path)
         pictures = [Image.open(io.BytesIO(copy)).convert("RGB") for copy in copies]
         inputs = processor(images=pictures, return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self.device, self._dtype)
+        pixels = _repeated(inputs["pixel_values"], len(copies), batch).to(self.device, self._dtype)
         if (grids := inputs.get("image_grid_thw")) is None:
             tower = getattr(self._model, "vision_model", self._model)
             return lambda: _rows(tower(pixels).last_hidden_state)
-        grids = grids.to(self.device)
+        grids = _repeated(grids, len(copies), batch).to(self.device)
         return lambda: _rows(self._model.get_image_features(pixels, grids).pooler_output)
 
     def _videos(self, copies: list[bytes]) -> Callable[[], int]:
@@ -131,13 +135,13 @@ class TransformersFloor(Floor):
 class OurFloor(Floor):
     """What a rank of the service runs: `load_encoder`, fed with what the service's preprocessing makes."""
 
-    def __init__(self, path: Path, device: str, dtype: str) -> None:
-        super().__init__(device)
+    def __init__(self, path: Path, device: str, dtype: str, distinct: int = PICTURES) -> None:
+        super().__init__(device, distinct)
         self._preprocessor = Preprocessor(open_directory(path), MediaLimits())
         self._encoder = load_encoder(str(path), device=device, dtype=dtype)
 
     def prepare(self, what: str, batch: int) -> Callable[[], int]:
-        media = pool(what)
+        media = pool(what, count=self.distinct)
         modality = media[0].modality
         prepared = [self._preprocessor.prepare(modality, medium.copy()).tensors for medium in media[:batch]]
         ready = [{name: self._ready(tensor) for name, tensor in tensors.items()} for tensors in prepared]
@@ -241,6 +245,12 @@ def _clip(data: bytes) -> tuple[np.ndarray[Any, Any], Any]:
 
     frames, _ = decode_video(data, choose, MediaLimits())
     return frames, transformers.video_utils.VideoMetadata(**found)
+
+
+def _repeated(tensor: torch.Tensor, items: int, wanted: int) -> torch.Tensor:
+    """`tensor` holds `items` equally large items one after another: the same over and over, `wanted` in all."""
+    times = -(-wanted // items)
+    return tensor.repeat(times, *[1] * (tensor.dim() - 1))[: tensor.shape[0] // items * wanted]
 
 
 def _rows(output: Any) -> int:

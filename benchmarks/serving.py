@@ -87,9 +87,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    plan = _plan(args)
     whats, mix = _whats(args)
+    plan = _plan(args)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     document: dict[str, Any] = {"machine": machine(plan), "loads": {}}
     console.print(tables.machine(document["machine"]))
     with progress(console) as show:

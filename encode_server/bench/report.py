@@ -38,7 +38,8 @@ class LoadReport:
     """Counts of what ended while it was measured; times in seconds.
 
     `outcomes` by HTTP status, `0` for no answer, `errors` by its reason or the first words of the server's.
-    `ends`: when each good answer came, its items and tokens. `cpu_s`: processor time of the client itself. `skipped`: requests of a warm-up, in nothing else here.
+    `ends`: when each good answer came, its items and tokens. `cpu_s`: processor time of the client itself.
+    `skipped`: requests of a warm-up, in nothing else here.
     """
 
     seconds: float = 0.0

@@ -42,19 +42,14 @@ def request_of(copies: Sequence[UniqueMedia], *, key: str, kind: str | None = No
     return LoadRequest(kind or copies[0].name, key, tuple(pieces), len(copies))
 
 
-def pictures(size: int, seed: int = 0) -> list[UniqueMedia]:
-    """Square JPEGs of `size` pixels a side."""
-    return [media.jpeg(size, size, seed * PICTURES + index) for index in range(PICTURES)]
-
-
-def pool(what: str, seed: int = 0) -> list[UniqueMedia]:
-    """The media called `what`: a number (square JPEGs of that side), `video` or `audio`."""
+def pool(what: str, seed: int = 0, count: int = PICTURES) -> list[UniqueMedia]:
+    """The media called `what`: a number (`count` square JPEGs of that side in pixels), `video` or `audio`."""
     if what == Modality.VIDEO:
         return [media.mp4()]
     if what == Modality.AUDIO:
         return [media.wav()]
     if what.isdigit() and 1 <= int(what) <= 16384:
-        return pictures(int(what), seed)
+        return [media.jpeg(int(what), int(what), seed * PICTURES + index) for index in range(count)]
     raise StartupError(f"{what!r} is no medium to send: takes video, audio or the side of a picture in pixels")
 
 
