@@ -32,10 +32,10 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or Ctrl-C (exit status 0) or until the server cannot go on (1).
+def serve(settings: Settings, on_listening: Callable[[str], None] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit status. `on_listening` is given the base URL, before anything is loaded.
 
-    Raises StartupError when it cannot start as asked.
+    Raises StartupError when it cannot start as asked, or cannot go on.
     """
     logs.configure(settings.log_level)
     failures: list[str] = []
@@ -63,6 +63,8 @@ def serve(settings: Settings) -> int:
         app.state.server.port = port
         scheme = "https" if settings.ssl_certfile else "http"
         log.info("serving %s on %s://%s:%d, loading", settings.model, scheme, host, port)
+        if on_listening is not None:
+            on_listening(f"{scheme}://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}")
         uvloop.run(_until_signalled(server, listener, app.state.server.drain))
     if failures:
         raise StartupError(failures[0])

@@ -28,8 +28,7 @@ def locked(checkpoint, tmp_path_factory):
     (tmp / "secret.png").write_bytes(demo_media.picture())
     (tmp / "media" / "link.png").symlink_to(tmp / "secret.png")
     subprocess.run(
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 "
-        "-keyout key.pem -out cert.pem".split(),
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
         cwd=tmp,
         check=True,
         capture_output=True,

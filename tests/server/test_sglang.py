@@ -315,6 +315,10 @@ def test_profiles_are_traces_of_all_ranks_in_the_operators_directory(live, tmp_p
     for name in files:
         events = json.loads(gzip.decompress((live.traces / name).read_bytes()))["traceEvents"]
         assert any("linear" in str(event.get("name")) or "mm" in str(event.get("name")) for event in events)
+    assert post(live, "/start_profile", {"num_steps": 1}).status_code == 200
+    post(live, "/encode", {"mm_items": [data_uri(png(15))], "modality": "image"})
+    assert eventually(lambda: len(list(live.traces.iterdir())) == 4)
+    assert "no profile is running" in httpx.get(live.base_url + "/stop_profile").json()["message"]
     assert httpx.get(live.base_url + "/health").status_code == 200
 
 
