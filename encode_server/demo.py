@@ -30,7 +30,7 @@ class _Sample:
 
 
 def run_demo(settings: Settings, *, once: bool) -> int:
-    """Serve, show it at work from a thread beside the server, and go on until Ctrl-C (with `once`: end after the table).
+    """Serve, show it at work from a thread beside the server, go on until Ctrl-C (with `once`: end after the table).
 
     Raises StartupError when the server cannot start, or when the tour failed.
     """
