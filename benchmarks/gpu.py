@@ -225,7 +225,7 @@ def service(run: Run, path: Path, floors: dict[str, dict[str, Any]]) -> dict[str
     sides = [side for side in run.sizes.service if str(side) in floors]
     if not sides or run.late("the service"):
         return found
-    with server([*command, *options], threads=1) as process:
+    with server([*command, *options]) as process:
         for side in sides:
             if run.late(f"the service at {side}²"):
                 continue

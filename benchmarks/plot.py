@@ -32,7 +32,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
             if floors:
                 rates.axhline(statistics.fmean(floors), linestyle=style, color="grey", label=f"floor: {kind}")
         rates.set(title=f"{title(what)}: throughput", ylabel="items/s", ylim=(0, None))
-        latencies.set(title=f"{title(what)}: latency", ylabel="ms", yscale="log")
+        latencies.set(title=f"{title(what)}: latency", ylabel="ms", ylim=(0, None))
         for plot in (rates, latencies):
             plot.set_xscale("log", base=2)
             plot.set_xlabel("requests in work")

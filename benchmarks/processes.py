@@ -58,11 +58,12 @@ class FloorProcess:
 class ServerProcess:
     """A server under its own port of 127.0.0.1, ready for requests once constructed.
 
-    `start_s`: seconds from the command to the first good answer of `ready_path`.
+    `threads`: OMP_NUM_THREADS of the server, left alone when None, as for a user. `start_s`: seconds from the command
+    to the first good answer of `ready_path`.
     """
 
     def __init__(
-        self, command: list[str], *, threads: int, ready_path: str = "/readyz", timeout_s: float = 900
+        self, command: list[str], *, threads: int | None = None, ready_path: str = "/readyz", timeout_s: float = 900
     ) -> None:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -130,9 +131,9 @@ def floor(kind: str, model: Path, device: str, dtype: str, threads: int) -> Iter
 
 
 @contextlib.contextmanager
-def server(command: list[str], *, threads: int, ready_path: str = "/readyz") -> Iterator[ServerProcess]:
+def server(command: list[str], *, ready_path: str = "/readyz") -> Iterator[ServerProcess]:
     """A server, ended after the block."""
-    process = ServerProcess(command, threads=threads, ready_path=ready_path)
+    process = ServerProcess(command, ready_path=ready_path)
     try:
         yield process
     finally:
@@ -145,5 +146,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _environment(threads: int) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def _environment(threads: int | None) -> dict[str, str]:
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | limit

@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
             document["loads"]["mix"] = measured = mixed(plan, mix, document["loads"], show)
             console.print(tables.comparison("mix", measured))
         if args.rss_requests:
-            with server(plan.command, threads=plan.threads) as ours:
+            with server(plan.command) as ours:
                 document["memory"] = memory(ours, requests(whats[:1]), args.rss_requests, show("memory"))
     console.print(tables.rest(document))
     if args.json:
@@ -135,7 +135,7 @@ def compare(plan: Plan, what: str, show: Any) -> dict[str, Any]:
         if "error" in best["ours"]:
             raise StartupError(f"{what}: {best['ours']['error']}")
         bare = floors["ours"].do("bare", what=what, seconds=plan.seconds / 2)
-        ours = stack.enter_context(server(plan.command, threads=plan.threads))
+        ours = stack.enter_context(server(plan.command))
         source = requests([what])
         measured["floors"].append(_floors(plan, floors, best, what))
         for turn in range(plan.rounds):
@@ -174,7 +174,7 @@ def naive(plan: Plan, what: str, measured: dict[str, Any], show: Any) -> dict[st
     expected = measured["best"].get("transformers", {}).get("items_per_s") or measured["best"]["ours"]["items_per_s"]
     found = {}
     for name, pool in (("handler", 0), ("pool", 8)):
-        with server(["benchmarks.naive", *options, f"--pool={pool}"], threads=plan.threads) as process:
+        with server(["benchmarks.naive", *options, f"--pool={pool}"]) as process:
             found[name] = [
                 measure(process, requests([what]), plan.load(n, expected), show(f"{what}: naive {name}, {n} at a time"))
                 | {"concurrency": n}
@@ -192,7 +192,7 @@ def mixed(plan: Plan, whats: list[str], loads: dict[str, Any], show: Any) -> dic
     }
     measured: dict[str, Any] = {"best": {}, "floors": [floors], "ours": []}
     source: Iterator[LoadRequest] = requests(whats)
-    with server(plan.command, threads=plan.threads) as ours:
+    with server(plan.command) as ours:
         for turn in range(plan.rounds):
             for concurrency in plan.concurrency:
                 on_progress = show(f"mix: service, {concurrency} at a time, round {turn + 1}")

@@ -22,7 +22,7 @@ LOOKS = 50
 
 def start_seconds() -> float:
     """From the command `encode-server demo` to a good answer of `/health`."""
-    with server(["encode_server.cli", "demo"], threads=1, ready_path="/health") as demo:
+    with server(["encode_server.cli", "demo"], ready_path="/health") as demo:
         return demo.start_s
 
 

@@ -45,7 +45,15 @@ def comparison(what: str, measured: dict[str, Any]) -> Table:
         batch = f"batch {best['batch']}" if best else ""
         tokens = best["tokens_per_s"] / best["items_per_s"] * statistics.fmean(rates) if best else 0
         over = [floors[kind] / floors["transformers"] for floors in measured["floors"] if "transformers" in floors]
-        table.add_row(name, batch, spread(rates), f"{tokens:.0f}", "", "", spread(over, 2) if kind == "ours" else "")
+        table.add_row(
+            name,
+            batch,
+            spread(rates),
+            f"{tokens:.0f}" if tokens else "",
+            "",
+            "",
+            spread(over, 2) if kind == "ours" else "",
+        )
     table.add_section()
     for name, slots in measured.get("naive", {}).items():
         for slot in slots:
