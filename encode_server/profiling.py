@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ class Profiling:
     def __init__(self, directory: str | None) -> None:
         self._directory = None if directory is None else Path(directory).absolute()
         self._name = ""
+        self._numbers = itertools.count(1)
         if self._directory is not None:
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
@@ -29,7 +31,7 @@ class Profiling:
 
         Raises Forbidden without a directory, BadRequest when a profile runs already, NotReady without ranks.
         """
-        name = time.strftime("profile-%Y%m%d-%H%M%S-")
+        name = time.strftime(f"profile-%Y%m%d-%H%M%S-{next(self._numbers)}-")
         try:
             _check(await engine.start_profile(str(self._checked() / name), forwards))
         except GroupLost as lost:

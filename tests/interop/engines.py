@@ -17,6 +17,7 @@ import httpx
 import platformdirs
 
 HERE = Path(__file__).parent
+AV_LIBRARIES = Path(av.__file__).parent.parent / "av.libs"
 START_S = 600  # a loaded machine with two cores takes minutes
 
 
@@ -30,7 +31,7 @@ def ffmpeg_libraries(directory: Path) -> Path:
     """PyAV's FFmpeg under the names that SGLang's torchcodec looks for: not every machine has one installed."""
     if not directory.exists():
         directory.mkdir()
-        for library in (Path(av.__file__).parent.parent / "av.libs").glob("lib*"):
+        for library in AV_LIBRARIES.glob("lib*"):
             if name := re.match(r"(libav\w+|libsw\w+)-[0-9a-f]+\.so\.(\d+)", library.name):
                 (directory / f"{name[1]}.so.{name[2]}").symlink_to(library)
     return directory
@@ -39,11 +40,11 @@ def ffmpeg_libraries(directory: Path) -> Path:
 class Engine:
     """A server in a process group of its own, its output in a file."""
 
-    def __init__(self, command: list[str], port: int, log: Path) -> None:
+    def __init__(self, command: list[str], port: int, log: Path, **variables: str) -> None:
         self.url, self.log = f"http://127.0.0.1:{port}", log
         venv = os.environ.get("SGLANG_VENV") or str(platformdirs.user_cache_path("encode-server") / "sglang-0.5.23")
-        environment = os.environ | {"SGLANG_VENV": venv, "HF_HUB_OFFLINE": "1"}
-        environment["LD_LIBRARY_PATH"] = str(ffmpeg_libraries(log.parent / "ffmpeg"))
+        environment = os.environ | {"SGLANG_VENV": venv, "HF_HUB_OFFLINE": "1"} | variables
+        environment["LD_LIBRARY_PATH"] = f"{ffmpeg_libraries(log.parent / 'ffmpeg')}:{AV_LIBRARIES}"
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=output, env=environment, start_new_session=True
@@ -89,6 +90,8 @@ class Prefill(Engine):
             + f"--max-total-tokens 4096 --tp {tp}".split(),
             port,
             log,
+            # Several ranks on one NUMA node have to be told their cores.
+            **({"SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(tp))} if tp > 1 else {}),
         )
         self.bootstrap = f"http://127.0.0.1:{self.bootstrap_port}"
 
