@@ -22,7 +22,7 @@ from benchmarks.prometheus import Look
 
 
 class FloorProcess:
-    """A `benchmarks.worker`. Idle, it waits on its standard input and costs nothing."""
+    """A `benchmarks.worker`. Idle, it waits on its standard input and costs nothing. Loads until `wait_ready`."""
 
     def __init__(self, kind: str, model: Path, device: str, dtype: str, threads: int) -> None:
         options = [f"--kind={kind}", f"--model={model}", f"--device={device}", f"--dtype={dtype}"]
@@ -33,6 +33,9 @@ class FloorProcess:
             text=True,
             env=_environment(threads),
         )
+
+    def wait_ready(self) -> None:
+        """Return once it has loaded; call it once, first."""
         self._answer()
 
     def do(self, operation: str, **arguments: Any) -> dict[str, Any]:

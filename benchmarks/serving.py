@@ -126,6 +126,8 @@ def compare(plan: Plan, what: str, show: Any) -> dict[str, Any]:
     """One medium: floors before, between and after the service's loads, so that drift of the machine shows."""
     with ExitStack() as stack:
         floors = {kind: stack.enter_context(plan.floor(kind)) for kind in ("transformers", "ours")}
+        for process in floors.values():
+            process.wait_ready()
         batches = [batch for batch in BATCHES if what.isdigit() or batch <= 4]
         best = {
             kind: process.do("best", what=what, batches=batches, seconds=plan.seconds / 5)

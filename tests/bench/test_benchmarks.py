@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import correctness, gpu, serving
+from benchmarks import correctness, gpu, serving, small, tables
 from benchmarks.prometheus import Look
 from benchmarks.towers import FULL_SIZE, TINY, write_checkpoint
 from encode_server.bench.media import jpeg
+from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
 from encode_server.modality import Modality
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.preprocess import Preprocessor
+from tests.bench.standin import Standin
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +35,8 @@ def towers(tmp_path_factory):
 def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     found, picture = tmp_path / "found.json", tmp_path / "plot.svg"
-    options = ["--sizes=84", "--concurrency=1,2", "--seconds=0.4", "--rounds=1", "--device=cpu", "--threads=1"]
-    extra = ["--no-naive", "--no-startup", "--rss-requests=20", f"--json={found}", f"--plot={picture}"]
+    options = ["--sizes=84", "--concurrency=1,2", "--seconds=0.3", "--rounds=1", "--device=cpu", "--threads=1"]
+    extra = ["--no-naive", "--no-startup", f"--json={found}", f"--plot={picture}"]
     assert serving.main([f"--model={towers['Qwen2.5-VL, tiny']}", *options, *extra]) == 0
     document = json.loads(found.read_text())
     measured = document["loads"]["84"]
@@ -46,7 +51,6 @@ def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys):
         assert slot["cpu_s_per_item"]["ranks"] > 0
         assert slot["cpu_s_per_item"]["loop"] > 0
     assert {"decode_s", "preprocess_s", "forward_s", "total_s"} <= set(measured["bare"])
-    assert document["memory"]["requests"] == 20
     assert picture.read_text().lstrip().startswith("<?xml")
     printed = capsys.readouterr().out
     assert "floor: transformers" in printed and "our floor" in printed and "ours" in printed
@@ -115,6 +119,19 @@ items_total{modality="audio"} 7
     assert happened.labels("items_total", "modality") == ["audio", "image"]
     assert happened.quantile("lag", 0.25) == pytest.approx(0.5)
     assert Look.parse(text % (0, 0, 0, 0)).quantile("lag", 0.99) == 0
+
+
+def test_memory_is_looked_at_all_along():
+    async def run():
+        async with Standin().running() as standin:
+            server = SimpleNamespace(url=standin.url, process=SimpleNamespace(pid=os.getpid()))
+            return await asyncio.to_thread(small.memory, server, requests(["16"]), 100)
+
+    found = asyncio.run(run())
+    assert len(found["looks"]) == small.LOOKS
+    assert found["looks"][-1][0] == found["requests"] == 100
+    assert min(found["before"], found["half"], found["after"]) > 1e6
+    assert tables.rest({"memory": found}).startswith("front's memory over 100 requests")
 
 
 @pytest.mark.parametrize("options", [["--also=gif"], ["--sizes=big"], ["--concurrency=0"]])
