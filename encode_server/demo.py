@@ -60,7 +60,7 @@ class _Tour:
     def _run(self, base_url: str) -> None:
         try:
             with self._console.status("loading the encoder"):
-                _wait_healthy(base_url)
+                _wait_ready(base_url)
             asyncio.run(self._show(base_url))
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
@@ -96,11 +96,11 @@ class _Tour:
             self._console.print(JSON.from_data((await client.health()).document))
 
 
-def _wait_healthy(base_url: str) -> None:
-    """Returns when `/health` is 200. The server itself ends the process when it cannot get there."""
+def _wait_ready(base_url: str) -> None:
+    """Returns when requests are taken. The server itself ends the process when it cannot get there."""
     while True:
         try:
-            if httpx.get(f"{base_url}/health", timeout=5).status_code == 200:
+            if httpx.get(f"{base_url}/readyz", timeout=5).status_code == 200:
                 return
         except httpx.TransportError:
             pass

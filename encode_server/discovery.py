@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 CHECK_S = 5.0  # between looks at whether a bootstrap still knows us
 FIRST_RETRY_S = 0.5
-MAX_RETRY_S = 15.0
+MAX_RETRY_S = 5.0
 REQUEST_S = 3.0
 WITHDRAW_S = 2.0
 

@@ -160,7 +160,9 @@ class EncodeCall:
                         await delivery.deliver(part, encoded)
                     silent = isinstance(delivery, SGLangPush)
                     response = answers.nothing() if silent else answers.delivered(request.req_id, encoded)
-                request.spent("deliver", time.perf_counter() - started)
+                delivered_s = time.perf_counter() - started
+                request.spent("deliver", delivered_s)
+                self._server.metrics.stage.labels("deliver").observe(delivered_s)
         except TimeoutError:
             raise DeadlineExceeded("the request's time was up before its embedding was delivered") from None
         self._tokens = encoded.shape[0]
