@@ -63,6 +63,8 @@ class _Tour:
                 _wait_ready(base_url)
             asyncio.run(self._show(base_url))
         except Exception as error:
+            if not _is_ready(base_url):
+                return  # it is being ended, by Ctrl-C say
             self.failure = f"{type(error).__name__}: {error}"
         if self._once or self.failure:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -98,10 +100,12 @@ class _Tour:
 
 def _wait_ready(base_url: str) -> None:
     """Returns when requests are taken. The server itself ends the process when it cannot get there."""
-    while True:
-        try:
-            if httpx.get(f"{base_url}/readyz", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+    while not _is_ready(base_url):
         time.sleep(0.1)
+
+
+def _is_ready(base_url: str) -> bool:
+    try:
+        return httpx.get(f"{base_url}/readyz", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False

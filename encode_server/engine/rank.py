@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from encode_server.models.encoder import Encoder
 
 PR_SET_PDEATHSIG = 1
-CPU_NICENESS = 5  # a rank that computes on the front's own cores must not keep its event loop waiting
 
 
 class Channel:
@@ -137,9 +136,7 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
 
     torch.set_num_threads(command.threads)
     device = resolve_device(command.device, command.rank)
-    if device == "cpu":
-        os.nice(CPU_NICENESS)
-    else:
+    if device != "cpu":
         torch.cuda.set_device(device)
     if command.world > 1:
         progress("joining the group")
