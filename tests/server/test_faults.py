@@ -22,8 +22,20 @@ def start(checkpoint, tmp, *options, faults=True):
 async def encode_all(server, media):
     """Each item as a request of its own; its embedding, or the error."""
     async with EncodeClient(server.base_url) as client:
-        requests = (client.encode([item], "image", timeout_s=100) for item in media)
-        return await asyncio.gather(*requests, return_exceptions=True)
+
+        async def ask(item):
+            while True:
+                try:
+                    return await client.encode([item], "image", timeout_s=100)
+                except EncodeServerError as error:
+                    # Refused at the door while ranks restart: it has not been accepted, so ask again.
+                    if error.status != 503 or error.retry_after is None or server.process.poll() is not None:
+                        raise
+                    if "stopping" in error.message:
+                        raise
+                    await asyncio.sleep(0.2)
+
+        return await asyncio.gather(*map(ask, media), return_exceptions=True)
 
 
 def all_equal(results, reference, media) -> bool:
