@@ -155,7 +155,7 @@ class Batcher:
         if lost.suspect:
             for work in batch:
                 work.failures += 1
-        if max(work.failures for work in batch) < MAX_FAILURES:
+        if not lost.suspect or max(work.failures for work in batch) < MAX_FAILURES:
             self._again(batch)
         elif len(batch) > 1:
             self._halve(batch)
