@@ -186,10 +186,17 @@ class RankGroup:
         pending = _Pending(command, time.monotonic())
         self._pending[command.seq] = pending
         frame = m.encode(command)
-        for rank in self._ranks:
-            await rank.socket.send(frame)  # no high-water mark: never waits
-        # The ranks will execute it whatever happens to the caller, so its cancellation does not end the wait.
-        return await asyncio.shield(pending.future)
+        task = asyncio.current_task()
+        try:
+            for rank in self._ranks:
+                await rank.socket.send(frame)  # no high-water mark: waits only for a rank that is gone
+            # The ranks will execute it whatever happens to the caller, so its cancellation does not end the wait.
+            return await asyncio.shield(pending.future)
+        except asyncio.CancelledError:
+            if self.lost.done() and not (task and task.cancelling()):
+                # Not this caller's: the socket to a dead rank was closed while the command waited to be sent.
+                raise GroupLost(self.lost.result()) from None
+            raise
 
     async def _read(self, index: int, store: int) -> None:
         rank = self._ranks[index]
