@@ -6,9 +6,12 @@ import signal
 from pathlib import Path
 
 import httpx
+import pytest
 
 from encode_server.client import EncodeClient, EncodeServerError
 from tests.live import LiveServer, eventually
+
+pytestmark = pytest.mark.slow
 
 FAULTS = str(Path(__file__).parents[2] / "benchmarks" / "faults")
 SIZE = {"kill": (364, 28), "hang": (392, 28), "memory": (420, 28), "error": (448, 28)}
