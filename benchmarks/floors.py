@@ -9,7 +9,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from PIL import Image
 
 from encode_server.bench.media import UniqueMedia
 from encode_server.bench.source import PICTURES, pool
+from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError
 from encode_server.media.audio import decode_audio
 from encode_server.media.image import decode_image
@@ -139,6 +142,8 @@ class OurFloor(Floor):
         super().__init__(device, distinct)
         self._preprocessor = Preprocessor(open_directory(path), MediaLimits())
         self._encoder = load_encoder(str(path), device=device, dtype=dtype)
+        self._cores = torch.get_num_threads() if device == "cpu" else 1
+        self._threads = SideBySide(self._cores)
 
     def prepare(self, what: str, batch: int) -> Callable[[], int]:
         media = pool(what, count=self.distinct)
@@ -146,7 +151,7 @@ class OurFloor(Floor):
         prepared = [self._preprocessor.prepare(modality, medium.copy()).tensors for medium in media[:batch]]
         ready = [{name: self._ready(tensor) for name, tensor in tensors.items()} for tensors in prepared]
         items = list(itertools.islice(itertools.cycle(ready), batch))
-        return lambda: sum(len(embedding) for embedding in self._encoder.forward(modality, items))
+        return lambda: self._forward(modality, items)
 
     def bare(self, what: str, seconds: float) -> dict[str, float]:
         """One item at a time through decoding, preprocessing, copying in, the forward and copying out.
@@ -165,6 +170,27 @@ class OurFloor(Floor):
         wall = {f"{stage}_s": statistics.median(times) for stage, times in walls.items()}
         cpu = {f"{stage}_cpu_s": statistics.fmean(times) for stage, times in cpus.items()}
         return {"total_s": statistics.median(totals), **wall, **cpu}
+
+    def _forward(self, modality: Modality, items: list[dict[str, torch.Tensor]]) -> int:
+        """Rows of the embeddings. A CPU's cores share the items, as a rank's do."""
+        share = -(-len(items) // self._cores)
+        parts: SimpleQueue[int | Exception] = SimpleQueue()
+
+        def encode(part: list[dict[str, torch.Tensor]]) -> None:
+            try:
+                parts.put(sum(len(embedding) for embedding in self._encoder.forward(modality, part)))
+            except Exception as error:
+                parts.put(error)
+
+        starts = range(0, len(items), share)
+        for start in starts:
+            self._threads.submit(partial(encode, items[start : start + share]))
+        total = 0
+        for part in [parts.get() for _ in starts]:
+            if isinstance(part, Exception):
+                raise part
+            total += part
+        return total
 
     def _bare_once(self, medium: UniqueMedia, walls: dict[str, list[float]], cpus: dict[str, list[float]]) -> float:
         data = medium.copy()

@@ -26,7 +26,7 @@ from encode_server.modality import Modality
 class GroupLost(Exception):
     """The ranks died, hang or stopped making sense. What was in flight has not been delivered.
 
-    `suspect`: this was the command being executed, so it may be the cause.
+    `suspect`: this was a command being executed, so it may be the cause.
     """
 
     def __init__(self, reason: str, *, suspect: bool = False) -> None:
@@ -49,7 +49,7 @@ class GroupSpec:
 @dataclass
 class _Pending:
     command: m.Acknowledged
-    sent: float
+    started: float | None = None  # of `time.monotonic()`, when the ranks came to it
     done: dict[int, m.Done] = field(default_factory=dict)
     future: asyncio.Future[list[m.Done]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -79,7 +79,6 @@ class RankGroup:
         self._ranks: list[_Rank] = []
         self._pending: dict[int, _Pending] = {}  # in the order sent, which is the order executed
         self._seq = itertools.count(1)
-        self._progressed = time.monotonic()  # when a rank last finished a command
 
     @property
     def states(self) -> list[str]:
@@ -92,11 +91,12 @@ class RankGroup:
         return len(self._pending)
 
     def oldest(self) -> tuple[m.Acknowledged, float] | None:
-        """The command being executed and for how many seconds, or None when the ranks are idle."""
+        """The command that has been executed for longest, and for how many seconds; None when the ranks are idle."""
         if not self._pending:
             return None
         first = next(iter(self._pending.values()))
-        return first.command, time.monotonic() - max(first.sent, self._progressed)
+        assert first.started is not None
+        return first.command, time.monotonic() - first.started
 
     async def start(self, timeout: float) -> m.EncoderInfo:
         """Spawn the ranks and wait until all are ready. Raises StartupError; the caller then calls `stop`."""
@@ -139,9 +139,9 @@ class RankGroup:
         if self.lost.done():
             return
         self.lost.set_result(reason)
-        for position, pending in enumerate(self._pending.values()):
+        for pending in self._pending.values():
             if not pending.future.done():
-                pending.future.set_exception(GroupLost(reason, suspect=position == 0))
+                pending.future.set_exception(GroupLost(reason, suspect=pending.started is not None))
                 pending.future.exception()  # its caller may be gone
 
     async def stop(self, grace: float = 5.0) -> None:
@@ -183,8 +183,9 @@ class RankGroup:
     async def _call(self, command: m.Acknowledged) -> list[m.Done]:
         if self.lost.done():
             raise GroupLost(self.lost.result())
-        pending = _Pending(command, time.monotonic())
+        pending = _Pending(command)
         self._pending[command.seq] = pending
+        self._note_started()
         frame = m.encode(command)
         task = asyncio.current_task()
         try:
@@ -246,9 +247,16 @@ class RankGroup:
         pending.done[done.rank] = done
         if len(pending.done) == len(self._ranks):
             del self._pending[done.seq]
-            self._progressed = time.monotonic()
+            self._note_started()
             if not pending.future.done():
                 pending.future.set_result([pending.done[index] for index in sorted(pending.done)])
+
+    def _note_started(self) -> None:
+        """The ranks start commands in the order sent, so many at once."""
+        info = self._ranks[0].info
+        for pending in itertools.islice(self._pending.values(), info.at_once if info else 1):
+            if pending.started is None:
+                pending.started = time.monotonic()
 
     def _on_exit(self, index: int) -> None:
         rank = self._ranks[index]

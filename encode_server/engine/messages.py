@@ -28,13 +28,17 @@ class ItemRef(msgspec.Struct, frozen=True):
 
 
 class EncoderInfo(msgspec.Struct, frozen=True):
-    """What a rank loaded: embedding width per modality, dtype of the embeddings, bytes of weights on this rank."""
+    """What a rank loaded: embedding width per modality, dtype of the embeddings, bytes of weights on this rank.
+
+    `at_once`: forwards it executes side by side; they start in the order sent.
+    """
 
     model_type: str
     dims: dict[Modality, int]
     dtype: str
     device: str
     weight_bytes: int
+    at_once: int = 1
 
 
 # Commands, front to rank.

@@ -14,6 +14,11 @@ class Profiler:
         self._path = ""
         self._forwards_left: int | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether forwards are being recorded: only those of the thread that calls `start` are."""
+        return self._profile is not None
+
     def start(self, path: str, forwards: int | None) -> None:
         """Profile until `stop`, or for so many forwards. Raises ValueError when a profile is running."""
         from torch.profiler import ProfilerActivity, profile

@@ -1,5 +1,7 @@
 """A rank: one process, one device. Receives commands in order, executes each, acknowledges it, and decides nothing.
 
+On a GPU, and with other ranks, it executes one after another; alone on a CPU, several side by side.
+
 Started by `engine.launch` as `python -m encode_server.engine.rank`. Heavy imports happen after the hello, so that the
 front knows at once that the process is up.
 """
@@ -11,16 +13,20 @@ import contextlib
 import ctypes
 import mmap
 import os
+import queue
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import zmq
 
 from encode_server.engine import messages as m
 from encode_server.engine.profiler import Profiler
+from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError
 
 if TYPE_CHECKING:
@@ -39,14 +45,33 @@ class Channel:
         self._socket.set_hwm(0)
         self._socket.linger = 1000
         self._socket.connect(f"ipc://{path}")
+        self._posted: queue.SimpleQueue[m.Event] = queue.SimpleQueue()
+        self._wake = os.eventfd(0)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
 
     def send(self, event: m.Event) -> None:
         self._socket.send(m.encode(event))
 
+    def post(self, event: m.Event) -> None:
+        """Have `receive` send it: for other threads, which must not touch the socket."""
+        self._posted.put(event)
+        os.eventfd_write(self._wake, 1)
+
     def receive(self) -> m.Command:
-        return m.decode_command(self._socket.recv())
+        """Wait for the next command, and send what is posted meanwhile."""
+        while True:
+            ready = dict(self._poller.poll())
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+                while not self._posted.empty():
+                    self.send(self._posted.get())
+            if self._socket in ready:
+                return m.decode_command(self._socket.recv())
 
     def close(self) -> None:
+        os.close(self._wake)
         self._socket.close()
 
 
@@ -101,10 +126,12 @@ class Worker:
             self._store.tensor(item.output).copy_(embedding)
 
 
-def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int) -> None:
-    """Execute commands until `Shutdown`."""
+def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threads: SideBySide | None) -> None:
+    """Execute commands until `Shutdown`; forwards on `threads`, but for those that are profiled."""
     while True:
         match channel.receive():
+            case m.Forward() as command if threads is not None and not profiler.running:
+                threads.submit(partial(_forward_and_post, worker, command, channel))
             case m.Forward() as command:
                 done = worker.forward(command)
                 with contextlib.suppress(Exception):  # a trace that cannot be written is no reason to fail an item
@@ -158,7 +185,26 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         rank=command.rank,
         world=command.world,
     )
-    return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), encoder.info
+    # Collectives have to come in one order, and a GPU is filled by one batch.
+    at_once = command.threads if device == "cpu" and command.world == 1 else 1
+    info = msgspec.structs.replace(encoder.info, at_once=at_once)
+    return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), info
+
+
+def _forward_and_post(worker: Worker, command: m.Forward, channel: Channel) -> None:
+    channel.post(worker.forward(command))
+
+
+@contextlib.contextmanager
+def _side_by_side(count: int) -> Iterator[SideBySide | None]:
+    if count == 1:
+        yield None
+        return
+    threads = SideBySide(count)
+    try:
+        yield threads
+    finally:
+        threads.close()
 
 
 @contextlib.contextmanager
@@ -207,7 +253,8 @@ def main() -> int:
         with _joined_group():
             worker, info = load(command, channel)
             channel.send(m.Ready(args.rank, info))
-            serve(channel, worker, Profiler(info.device), args.rank)
+            with _side_by_side(info.at_once) as threads:
+                serve(channel, worker, Profiler(info.device), args.rank, threads)
     except StartupError as error:
         channel.send(m.Failed(args.rank, str(error)))
         return 3

@@ -1,6 +1,6 @@
-"""Builds batches by token budget, keeps two in flight, and sends again what was lost with its ranks.
+"""Builds batches by token budget, keeps the ranks supplied, and sends again what was lost with them.
 
-Nothing waits for a timer: when fewer than two batches are in flight, what is queued leaves.
+Nothing waits for a timer: when no batch waits in the ranks' sockets, what is queued leaves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from encode_server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-IN_FLIGHT = 2  # one running, one waiting in the ranks' sockets, so that the device never waits for the front
+WAITING = 1  # batches in the ranks' sockets beside those being executed, so that the device never waits for the front
+SMALL_BATCH = 1024  # patches or mel frames of a batch that is one of several executed at once: small, so they end alike
 MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before it is taken apart
 
 
@@ -33,7 +34,8 @@ class Batcher:
         self._engine, self._metrics = engine, metrics
         self._budgets = dict(budgets)
         self._queue = FairQueue()
-        self._retries: deque[list[Work]] = deque()  # batches to send again as they are, before anything else
+        self._retries: deque[list[Work]] = deque()  # batches to send again as they are, each alone
+        self._alone = False  # a batch of these is in flight
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
         self._closed: str | None = None  # why nothing is forwarded any more
@@ -55,7 +57,7 @@ class Batcher:
 
     def budget(self, modality: Modality) -> int:
         """Encoder tokens of one batch, at present."""
-        return self._budgets[modality]
+        return min(self._budgets[modality], SMALL_BATCH) if self._at_once > 1 else self._budgets[modality]
 
     def submit(self, placement: Placement) -> None:
         """Queue an item; `placement.finished` says how it ended."""
@@ -72,7 +74,7 @@ class Batcher:
             while True:
                 self._wake.clear()
                 await self._engine.wait_ready()
-                while len(self._running) < IN_FLIGHT and self._engine.ready and (batch := self._next_batch()):
+                while self._engine.ready and self._has_room() and (batch := self._next_batch()):
                     self._send(batch)
                 await self._wake.wait()
         except GroupLost as lost:
@@ -102,14 +104,26 @@ class Batcher:
         self._running.pop(task, None)
         self._wake.set()
 
+    @property
+    def _at_once(self) -> int:
+        return self._engine.info.at_once if self._engine.info else 1
+
+    def _has_room(self) -> bool:
+        # What is sent again runs alone, so that whoever brings the ranks down again is known.
+        if self._retries or self._alone:
+            return not self._running
+        return len(self._running) < self._at_once + WAITING
+
     def _next_batch(self) -> list[Work]:
+        self._alone = False
         while self._retries:
             batch = self._retries.popleft()
             for work in (work for work in batch if not self._wanted(work.placement)):
                 work.fail(NotReady("its request has ended"))
             if batch := [work for work in batch if not work.placement.abandoned]:
+                self._alone = True
                 return batch
-        return self._queue.take(self._budgets, self._wanted)
+        return self._queue.take({modality: self.budget(modality) for modality in self._budgets}, self._wanted)
 
     def _wanted(self, placement: Placement) -> bool:
         """Whether to forward it still; one whose caller has gone or whose time is up ends here."""

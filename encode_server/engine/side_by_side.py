@@ -1,0 +1,61 @@
+"""Several forwards at once on a CPU: each on a thread of its own, with its share of the cores."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+
+class SideBySide:
+    """Runs as many jobs at once as there are cores. A job that is alone has all of them for its matrix products.
+
+    Threads that share one matrix product wait for each other at its end, dozens of times per layer, so whoever takes
+    one core for a moment holds up all of them. Side by side they need not: on 2 cores 1.3 times the throughput.
+    """
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._lock = Lock()
+        self._waiting: deque[Callable[[], None]] = deque()
+        # Jobs that come one at a time all run on the first thread: OpenMP keeps helpers for each thread that ever had
+        # more than one core, and with more of them than cores none of them waits actively any more.
+        self._free = list(range(cores))
+        self._threads = [ThreadPoolExecutor(1, "forward", initializer=_settle_threads) for _ in range(cores)]
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job`, which must not raise, when a thread is free. Jobs start in the order of their submission."""
+        with self._lock:
+            if not self._free:
+                self._waiting.append(job)
+                return
+            thread = heapq.heappop(self._free)
+        self._threads[thread].submit(self._run, thread, job)
+
+    def close(self) -> None:
+        """Wait for the jobs that run, and drop the others."""
+        with self._lock:
+            self._waiting.clear()
+        for thread in self._threads:
+            thread.shutdown()
+
+    def _run(self, thread: int, job: Callable[[], None]) -> None:
+        import torch
+
+        while True:
+            jobs = self._cores - len(self._free) + len(self._waiting)
+            torch.set_num_threads(max(1, self._cores // jobs))
+            job()
+            with self._lock:
+                if not self._waiting:
+                    heapq.heappush(self._free, thread)
+                    return
+                job = self._waiting.popleft()
+
+
+def _settle_threads() -> None:
+    import torch
+
+    torch.get_num_threads()  # torch gives a new thread its default at first use, which would undo a choice made before
