@@ -30,6 +30,7 @@ from benchmarks import procfs
 from benchmarks.expected import Expected
 from benchmarks.monkeys import Monkeys
 from benchmarks.processes import ServerProcess
+from benchmarks.small import slope
 from encode_server.bench.client import LoadClient
 from encode_server.bench.load import Load, run_load
 from encode_server.bench.report import LoadReport, Result
@@ -83,6 +84,24 @@ class Outages:
                 await asyncio.sleep(0.05)
 
 
+@dataclass
+class Memory:
+    """What the front holds, over time."""
+
+    looks: list[tuple[float, float]] = field(default_factory=list)  # seconds, bytes
+
+    async def watch(self, pid: int) -> None:
+        """Look every five seconds until cancelled."""
+        while True:
+            self.looks.append((time.monotonic(), procfs.rss_bytes(pid)))
+            await asyncio.sleep(5)
+
+    @property
+    def mb_per_minute(self) -> float:
+        """Slope over the last two thirds: at first pools and allocators still grow."""
+        return slope(self.looks[len(self.looks) // 3 :]) * 60 / (1 << 20)
+
+
 def mixed(expected: Expected, seed: int) -> Iterator[LoadRequest]:
     """Requests of every kind, each with a key that `expected` knows."""
     media = {what: pool(what, seed, count=3) for what in MEDIA}
@@ -102,7 +121,7 @@ def mixed(expected: Expected, seed: int) -> Iterator[LoadRequest]:
 
 async def run(server: ServerProcess, arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The whole run against a server that is ready."""
-    expected, ledger, outages = Expected(demo_path()), Ledger(), Outages()
+    expected, ledger, outages, memory = Expected(demo_path()), Ledger(), Outages(), Memory()
     requests = mixed(expected, arguments.seed)
     client = LoadClient(server.url, keep_body=True, timeout_s=150)
     # A warm server is the baseline: pools, caches and allocators have grown by then.
@@ -114,13 +133,13 @@ async def run(server: ServerProcess, arguments: argparse.Namespace, console: Con
 
     seconds = arguments.minutes * 60
     monkeys = Monkeys(server.url, server.process.pid, arguments.seed)
-    gap = max(15.0, min(30.0, seconds / 8))
+    gap = min(20.0, seconds / 15)
     tasks = [
         asyncio.create_task(task)
         for task in (
             outages.watch(server.url),
-            monkeys.ranks(gap),
-            monkeys.poison(gap),
+            memory.watch(server.process.pid),
+            monkeys.disasters(gap),
             monkeys.garbage(1.0),
             monkeys.slow_media(2.0),
             monkeys.destinations(1.0),
@@ -141,7 +160,8 @@ async def run(server: ServerProcess, arguments: argparse.Namespace, console: Con
             await task
     await _until_quiet(server.url)
     client.close()
-    return _document(server, report, ledger, outages, monkeys, overload, before, _footprint(server))
+    document = _document(server, report, ledger, outages, monkeys, overload, before, _footprint(server))
+    return document | {"rss_mb_per_minute": memory.mb_per_minute}
 
 
 async def _overload(
@@ -149,7 +169,7 @@ async def _overload(
 ) -> dict[str, Any]:
     """Ten times the load, without faults: what is accepted is answered in bounded time, the rest is refused."""
     client = LoadClient(server.url, keep_body=True, timeout_s=150)
-    report = await run_load(client, requests, Load(80, seconds=10), on_result=lambda r: ledger.enter(r, expected))
+    report = await run_load(client, requests, Load(80, seconds=5), on_result=lambda r: ledger.enter(r, expected))
     client.close()
     return {
         "accepted": report.outcomes[200],
@@ -265,6 +285,8 @@ def main() -> int:
         and after["shared_memory_entries"] <= document["before"]["shared_memory_entries"]
         and after["open_files"] <= document["before"]["open_files"] + 16
         and document["exit_status"] == 0
+        # A few minutes say nothing about a slope.
+        and (arguments.minutes < 10 or document["rss_mb_per_minute"] < 1)
     )
     console.print("[bold]sound[/bold]" if sound else "[bold red]not sound[/bold red]")
     return 0 if sound else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import os
 import random
 import signal
@@ -37,26 +38,22 @@ class Monkeys:
         self.counts: Counter[str] = Counter()
         self.surprises: Counter[str] = Counter()
 
-    async def ranks(self, every_s: float) -> None:
-        """Kill a rank, or stop it: then its work hangs and the supervisor has to notice."""
-        async with httpx.AsyncClient(timeout=30) as client:
-            while True:
-                await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
-                # Killed faster than they can load, no ranks would ever serve.
-                if (await client.get(self._url + "/readyz")).status_code != 200:
-                    continue
-                what = self._random.choice([signal.SIGKILL, signal.SIGSTOP])
-                os.kill(self._random.choice(children(self._front)), what)
-                self.counts[f"ranks hit by {what.name}"] += 1
+    async def disasters(self, every_s: float) -> None:
+        """What costs the ranks, in turn: a rank killed, one stopped (its work hangs), pictures that do it to a forward.
 
-    async def poison(self, every_s: float) -> None:
-        """Send a picture that kills, fails or hangs its forward; it alone may get an error."""
+        The pause counts from when the server is ready again: ranks hit while they load would never serve.
+        """
         async with httpx.AsyncClient(timeout=120) as client:
-            while True:
+            for disaster in itertools.cycle([signal.SIGKILL, "error", signal.SIGSTOP, "kill", "hang"]):
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
-                kind = self._random.choice(list(POISON))
-                media = picture(*POISON[kind], seed=self._random.randrange(1 << 30))
-                await self._expect(client, f"poison ({kind})", media, {500, 503, 504}, {})
+                while (await client.get(self._url + "/readyz")).status_code != 200:  # noqa: ASYNC110 - another process
+                    await asyncio.sleep(0.2)
+                if isinstance(disaster, signal.Signals):
+                    os.kill(self._random.choice(children(self._front)), disaster)
+                    self.counts[f"ranks hit by {disaster.name}"] += 1
+                else:
+                    media = picture(*POISON[disaster], seed=self._random.randrange(1 << 30))
+                    await self._expect(client, f"poison ({disaster})", media, {500, 503, 504}, {})
 
     async def garbage(self, every_s: float) -> None:
         """Send what is no picture: half a file, noise, nothing."""

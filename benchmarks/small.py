@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import uvloop
@@ -62,12 +62,12 @@ def memory(
         "before": first,
         "half": half[0][1],
         "after": looks[-1][1],
-        "per_1000_requests": 1000 * _slope(half),
+        "per_1000_requests": 1000 * slope(half),
         "looks": looks,
     }
 
 
-def _slope(points: list[tuple[int, int]]) -> float:
+def slope(points: Sequence[tuple[float, float]]) -> float:
     """Of the least-squares line."""
     if len(points) < 2:
         return 0.0
