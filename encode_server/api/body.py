@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import sys
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
-from typing import Any
 
 import msgspec
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from encode_server.api.schemas import EncodeBody, ItemBody
@@ -19,6 +19,12 @@ from encode_server.pipeline.pools import run
 from encode_server.pipeline.request import MediaItem
 
 SMALL_JSON = 64 << 10  # decoded on the loop: less work than a change of threads
+
+
+class _InMemory(MultiPartParser):
+    """Files stay in memory, which the limit of the body bounds: a full disk fails no request."""
+
+    spool_max_size = sys.maxsize
 
 
 async def read_encode(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
@@ -78,28 +84,24 @@ async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[
 
     `fields` holds per-item options for all files as well (`-F max_pixels=100000`); `uuid` comes once per item.
     """
-    received = 0
-    receive = request.receive
 
-    async def bounded() -> Any:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > max_bytes:
-            raise TooLarge(f"the body has more than {max_bytes} bytes")
-        return message
+    async def bounded() -> AsyncGenerator[bytes, None]:
+        received = 0
+        async for chunk in request.stream():
+            received += len(chunk)
+            if received > max_bytes:
+                raise TooLarge(f"the body has more than {max_bytes} bytes")
+            yield chunk
 
     try:
-        async with Request(request.scope, bounded).form(max_part_size=max_bytes) as form:
-            texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}
-            urls = [value for key, value in form.multi_items() if key == "mm_items" and isinstance(value, str)]
-            uuids: list[str | None] = [
-                value for key, value in form.multi_items() if key == "uuid" and isinstance(value, str)
-            ]
-            uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            media: list[str | bytes] = [*urls, *await asyncio.gather(*(upload.read() for upload in uploads))]
+        form = await _InMemory(request.headers, bounded(), max_part_size=max_bytes).parse()
     except MultiPartException as error:
         raise BadRequest(f"the form is malformed: {error.message}") from None
+    texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}
+    urls = [value for key, value in form.multi_items() if key == "mm_items" and isinstance(value, str)]
+    uuids: list[str | None] = [value for key, value in form.multi_items() if key == "uuid" and isinstance(value, str)]
+    uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    media: list[str | bytes] = [*urls, *await asyncio.gather(*(run(pool, upload.file.read) for upload in uploads))]
     if not media:
         raise BadRequest("the form holds no file and no mm_items: send one, e.g. with curl -F file=@picture.jpg")
     fields = {key: value for key, value in texts.items() if key != "mm_items" and value != ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor
+from typing import Any
 
 from encode_server.delivery.base import Part
 from encode_server.delivery.frames import EmbeddingHeader, ErrorInfo, encode_header
@@ -20,27 +21,23 @@ class NativePush:
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
         """See `Delivery`."""
-        header = EmbeddingHeader(
-            req_id=part.req_id,
-            model=part.model,
-            modality=part.modality,
-            part_idx=part.part_idx,
-            num_parts=part.num_parts,
-            dtype=encoded.dtype,
-            shape=encoded.shape,
-            items=[item.info for item in encoded.items],
-        )
+        items = [item.info for item in encoded.items]
+        header = _header(part, dtype=encoded.dtype, shape=encoded.shape, items=items)
         data = await run_to_end(self._pool, encoded.contiguous)
         await self._pusher.push(self._endpoint, [encode_header(header), data])
 
     async def fail(self, part: Part, error: EncodeError) -> None:
         """See `Delivery`."""
-        header = EmbeddingHeader(
-            req_id=part.req_id,
-            model=part.model,
-            modality=part.modality,
-            part_idx=part.part_idx,
-            num_parts=part.num_parts,
-            error=ErrorInfo(error.status, error.code, error.message),
-        )
+        header = _header(part, error=ErrorInfo(error.status, error.code, error.message))
         self._pusher.notify(self._endpoint, [encode_header(header)])
+
+
+def _header(part: Part, **outcome: Any) -> EmbeddingHeader:
+    return EmbeddingHeader(
+        req_id=part.req_id,
+        model=part.model,
+        modality=part.modality,
+        part_idx=part.part_idx,
+        num_parts=part.num_parts,
+        **outcome,
+    )

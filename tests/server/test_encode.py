@@ -172,3 +172,20 @@ def test_media_is_preprocessed_once_whatever_tp_is(tp2, picture):
 
     asyncio.run(encode())
     assert preprocessed() - before == 10
+
+
+def test_a_large_form_needs_no_disk(server, picture):
+    """Uploads stay in memory, so neither a full temporary directory nor one that is gone fails them."""
+    away = server.tmp.with_name("away")
+    server.tmp.rename(away)
+    try:
+        answer = httpx.post(
+            server.base_url + "/encode",
+            data={"modality": "image", "max_pixels": "12544"},
+            files={"file": ("large.png", picture(1200, 1000))},
+            timeout=60,
+        )
+    finally:
+        away.rename(server.tmp)
+    assert answer.status_code == 200, answer.text[:200]
+    assert answer.json()["shape"][0] <= 16
