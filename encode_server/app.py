@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,7 +19,7 @@ from encode_server import __version__
 from encode_server.api.answers import error_answer
 from encode_server.api.routes import build_router
 from encode_server.api.schemas import openapi_components
-from encode_server.errors import EncodeError, StartupError
+from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.server import Server
 from encode_server.settings import Settings, load_settings
 from encode_server.telemetry import logs
@@ -51,6 +52,11 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None
     @app.exception_handler(EncodeError)
     async def answer_error(request: Request, error: EncodeError) -> Response:
         return error_answer(error, None)
+
+    @app.exception_handler(HTTPException)
+    async def answer_no_route(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail.lower()}, /docs shows what there is"
+        return error_answer(NoRoute(message, error.status_code, error.headers), None)
 
     @app.exception_handler(Exception)
     async def answer_unexpected(request: Request, error: Exception) -> Response:

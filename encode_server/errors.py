@@ -6,6 +6,7 @@ The message is for the caller: what was wrong, what was expected. It never holds
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 
 
 class EncodeError(Exception):
@@ -22,6 +23,14 @@ class EncodeError(Exception):
     def about_item(self, index: int) -> EncodeError:
         """The same error, its message naming the item of `mm_items` it is about (counted from 0)."""
         return type(self)(f"mm_items[{index}]: {self.message}", headers=self.headers)
+
+
+class NoRoute(EncodeError):
+    """No such path (404), or not with this method (405)."""
+
+    def __init__(self, message: str, status: int, headers: Mapping[str, str] | None) -> None:
+        super().__init__(message, headers=headers)
+        self.status, self.code = status, HTTPStatus(status).name.lower()
 
 
 class BadRequest(EncodeError):

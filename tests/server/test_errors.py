@@ -100,3 +100,10 @@ def test_nothing_is_kept_after_errors(server, picture):
             break
         httpx.get(server.base_url + "/livez")
     assert used() == 0
+
+
+def test_unknown_paths_and_methods_are_errors_like_all_others(server):
+    gone, wrong = httpx.get(server.base_url + "/encodes"), httpx.get(server.base_url + "/encode")
+    assert gone.status_code == 404 and gone.json()["code"] == "not_found" and "/encodes" in gone.json()["message"]
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert wrong.json()["status"] == "error" and wrong.json()["code"] == "method_not_allowed"
