@@ -143,7 +143,7 @@ class OurFloor(Floor):
         self._preprocessor = Preprocessor(open_directory(path), MediaLimits())
         self._encoder = load_encoder(str(path), device=device, dtype=dtype)
         self._cores = torch.get_num_threads() if device == "cpu" else 1
-        self._threads = SideBySide(self._cores)
+        self._threads = SideBySide(self._cores, self._cores)
 
     def prepare(self, what: str, batch: int) -> Callable[[], int]:
         media = pool(what, count=self.distinct)

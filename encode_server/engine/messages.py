@@ -30,7 +30,8 @@ class ItemRef(msgspec.Struct, frozen=True):
 class EncoderInfo(msgspec.Struct, frozen=True):
     """What a rank loaded: embedding width per modality, dtype of the embeddings, bytes of weights on this rank.
 
-    `at_once`: forwards it executes side by side; they start in the order sent.
+    `at_once`: forwards it executes side by side; they start in the order sent. `batch_cost`: patches or mel frames of
+    the batches it does best with, None for as many as the budget allows.
     """
 
     model_type: str
@@ -39,6 +40,7 @@ class EncoderInfo(msgspec.Struct, frozen=True):
     device: str
     weight_bytes: int
     at_once: int = 1
+    batch_cost: int | None = None
 
 
 # Commands, front to rank.

@@ -1,6 +1,6 @@
 """A rank: one process, one device. Receives commands in order, executes each, acknowledges it, and decides nothing.
 
-On a GPU, and with other ranks, it executes one after another; alone on a CPU, several side by side.
+With other ranks it executes one after another, because collectives have to come in one order; alone, several at once.
 
 Started by `engine.launch` as `python -m encode_server.engine.rank`. Heavy imports happen after the hello, so that the
 front knows at once that the process is up.
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from encode_server.models.encoder import Encoder
 
 PR_SET_PDEATHSIG = 1
+SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
+ON_A_GPU = 2  # batches at once: while one computes, the other is copied in and out
 
 
 class Channel:
@@ -107,7 +109,7 @@ class Worker:
             items = [{ref.name: self._store.tensor(ref) for ref in item.inputs} for item in command.items]
             embeddings = self._encoder.forward(command.modality, items)
             if self._encoder.info.device != "cpu":
-                torch.cuda.synchronize(self._encoder.info.device)
+                torch.cuda.current_stream(self._encoder.info.device).synchronize()
             forwarded = time.perf_counter()
             if self._rank == 0:
                 self._write(command, embeddings)
@@ -185,9 +187,11 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         rank=command.rank,
         world=command.world,
     )
-    # Collectives have to come in one order, and a GPU is filled by one batch.
-    at_once = command.threads if device == "cpu" and command.world == 1 else 1
-    info = msgspec.structs.replace(encoder.info, at_once=at_once)
+    info = encoder.info
+    if command.world == 1:
+        at_once = command.threads if device == "cpu" else ON_A_GPU
+        small = SMALL_BATCH if device == "cpu" and at_once > 1 else None
+        info = msgspec.structs.replace(info, at_once=at_once, batch_cost=small)
     return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), info
 
 
@@ -196,11 +200,19 @@ def _forward_and_post(worker: Worker, command: m.Forward, channel: Channel) -> N
 
 
 @contextlib.contextmanager
-def _side_by_side(count: int) -> Iterator[SideBySide | None]:
-    if count == 1:
+def _side_by_side(info: m.EncoderInfo, cores: int) -> Iterator[SideBySide | None]:
+    if info.at_once == 1:
         yield None
         return
-    threads = SideBySide(count)
+
+    def own_stream() -> None:
+        import torch
+
+        if info.device != "cpu":
+            # Of this thread; it sets its device too.
+            torch.cuda.set_stream(torch.cuda.Stream(info.device))  # type: ignore[no-untyped-call]
+
+    threads = SideBySide(info.at_once, cores, own_stream)
     try:
         yield threads
     finally:
@@ -253,7 +265,7 @@ def main() -> int:
         with _joined_group():
             worker, info = load(command, channel)
             channel.send(m.Ready(args.rank, info))
-            with _side_by_side(info.at_once) as threads:
+            with _side_by_side(info, command.threads) as threads:
                 serve(channel, worker, Profiler(info.device), args.rank, threads)
     except StartupError as error:
         channel.send(m.Failed(args.rank, str(error)))

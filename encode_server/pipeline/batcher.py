@@ -23,7 +23,6 @@ from encode_server.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 WAITING = 1  # batches in the ranks' sockets beside those being executed, so that the device never waits for the front
-SMALL_BATCH = 1024  # patches or mel frames of a batch that is one of several executed at once: small, so they end alike
 MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before it is taken apart
 
 
@@ -57,7 +56,8 @@ class Batcher:
 
     def budget(self, modality: Modality) -> int:
         """Encoder tokens of one batch, at present."""
-        return min(self._budgets[modality], SMALL_BATCH) if self._at_once > 1 else self._budgets[modality]
+        budget, info = self._budgets[modality], self._engine.info
+        return min(budget, info.batch_cost) if info and info.batch_cost else budget
 
     def submit(self, placement: Placement) -> None:
         """Queue an item; `placement.finished` says how it ended."""

@@ -11,7 +11,7 @@ from encode_server.engine.side_by_side import SideBySide
 
 @pytest.fixture
 def two():
-    threads = SideBySide(2)
+    threads = SideBySide(2, 2)
     yield threads
     threads.close()
 
@@ -52,7 +52,7 @@ def test_jobs_start_in_order_and_no_more_than_there_are_cores(two):
 
 
 def test_closing_drops_what_has_not_started():
-    threads, started, gate = SideBySide(1), SimpleQueue(), threading.Event()
+    threads, started, gate = SideBySide(1, 1), SimpleQueue(), threading.Event()
 
     def job(number):
         started.put(number)
