@@ -264,11 +264,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     console = Console()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")])
+    faults = {"PYTHONPATH": os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")])}
     options = ["--device=cpu", "--dtype=float32", f"--tp={arguments.tp}", "--stall-s=4", "--max-restarts=1000"]
     options += ["--media-allow=127.0.0.1", "--fetch-s=2", "--send-timeout-s=3", "--cache-gb=0", "--log-level=error"]
     options += ["--max-requests=64", "--client-share=1"]
-    server = ServerProcess(["encode_server.cli", "serve", "demo", *options], threads=1)
+    server = ServerProcess(["encode_server.cli", "serve", "demo", *options], threads=1, environment=faults)
     try:
         document = uvloop.run(run(server, arguments, console))
     finally:

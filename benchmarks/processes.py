@@ -61,12 +61,19 @@ class FloorProcess:
 class ServerProcess:
     """A server under its own port of 127.0.0.1, ready for requests once constructed.
 
-    `threads`: OMP_NUM_THREADS of the server, left alone when None, as for a user. `start_s`: seconds from the command
+    `threads`: OMP_NUM_THREADS of the server, left alone when None, as for a user. `environment`: more variables for it.
+    `start_s`: seconds from the command
     to the first good answer of `ready_path`.
     """
 
     def __init__(
-        self, command: list[str], *, threads: int | None = None, ready_path: str = "/readyz", timeout_s: float = 900
+        self,
+        command: list[str],
+        *,
+        threads: int | None = None,
+        ready_path: str = "/readyz",
+        timeout_s: float = 900,
+        environment: dict[str, str] | None = None,
     ) -> None:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -76,11 +83,11 @@ class ServerProcess:
             [sys.executable, "-m", *command, f"--port={port}"],
             stdout=self._log,
             stderr=self._log,
-            env=_environment(threads),
+            env=_environment(threads) | (environment or {}),
             process_group=0,
         )
         try:
-            self._wait(ready_path, started + timeout_s)
+            self._wait(ready_path, started, timeout_s)
         except BaseException:
             self.close()
             raise
@@ -105,8 +112,8 @@ class ServerProcess:
                 self.process.wait()
         self._log.close()
 
-    def _wait(self, path: str, deadline: float) -> None:
-        while time.perf_counter() < deadline:
+    def _wait(self, path: str, started: float, timeout_s: float) -> None:
+        while time.perf_counter() < started + timeout_s:
             if self.process.poll() is not None:
                 self._log.seek(0)
                 text = self._log.read().decode(errors="replace")
@@ -116,7 +123,7 @@ class ServerProcess:
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.05)
-        raise RuntimeError(f"the server was not ready after {deadline:.0f} s")
+        raise RuntimeError(f"the server was not ready after {timeout_s:.0f} s")
 
     def _get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:

@@ -63,15 +63,10 @@ def summary(happened: Look, answered: int) -> dict[str, Any]:
         / max(1.0, happened.total("encode_stage_seconds_count", stage=stage))
         for stage in happened.labels("encode_stage_seconds_count", "stage")
     }
-    cpu = {
-        stage: happened.total("encode_stage_cpu_seconds_total", stage=stage) / items
-        for stage in happened.labels("encode_stage_cpu_seconds_total", "stage")
-    }
     return {
         "loop_lag_p99_s": happened.quantile("encode_loop_lag_seconds", 0.99),
         "preprocessed_per_item": happened.total("encode_preprocessed_items_total") / items,
         "batches": batches,
         "items_per_batch": answered / batches if batches else 0.0,
         "stage_wall_s": wall,
-        "stage_cpu_s_per_item": cpu,
     }

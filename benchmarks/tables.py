@@ -89,10 +89,8 @@ def costs(what: str, measured: dict[str, Any]) -> Group:
     for kind, suffix in (("bare, CPU", "_cpu_s"), ("bare, wall", "_s")):
         stages.add_row(kind, *(_ms(bare.get(stage + suffix)) for stage in columns))
     for concurrency, slots in by_concurrency(measured["ours"]).items():
-        for kind, key in (("CPU", "stage_cpu_s_per_item"), ("wall", "stage_wall_s")):
-            if any(slot["metrics"][key] for slot in slots):
-                stage_means = [_mean(slot["metrics"][key].get(stage) for slot in slots) for stage in columns]
-                stages.add_row(f"service at {concurrency}, {kind}", *map(_ms, stage_means))
+        stage_means = [_mean(slot["metrics"]["stage_wall_s"].get(stage) for slot in slots) for stage in columns]
+        stages.add_row(f"service at {concurrency}, wall", *map(_ms, stage_means))
 
     alone = [slot["latency_s"]["p50"] for slot in measured["ours"] if slot["concurrency"] == 1]
     latency = ""

@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api.answers import error_answer
+from encode_server.api.caller import CALLER_GONE, CallerGone
 from encode_server.api.routes import build_router
 from encode_server.api.schemas import openapi_components
 from encode_server.errors import EncodeError, NoRoute, StartupError
@@ -52,6 +53,10 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None
     @app.exception_handler(EncodeError)
     async def answer_error(request: Request, error: EncodeError) -> Response:
         return error_answer(error, None)
+
+    @app.exception_handler(CallerGone)
+    async def answer_nobody(request: Request, error: CallerGone) -> Response:
+        return Response(status_code=CALLER_GONE)
 
     @app.exception_handler(HTTPException)
     async def answer_no_route(request: Request, error: HTTPException) -> Response:

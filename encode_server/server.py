@@ -117,10 +117,11 @@ class Server:
         }
         self._batcher = Batcher(self._engine, budgets, self.metrics)
         self._cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), self.metrics)
-        if self.store is not None:
-            self._tasks.append(asyncio.create_task(self.store.run()))
-        for work in (self._engine.run(), self._batcher.run(), self._load_processors(), self._watch_lag()):
-            self._tasks.append(asyncio.create_task(work))
+        store = [self.store.run()] if self.store is not None else []
+        for work in (*store, self._engine.run(), self._batcher.run(), self._load_processors(), self._watch_lag()):
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._ended)
+            self._tasks.append(task)
 
     async def stop(self) -> None:
         """Release everything. Requests still in work end with 503."""
@@ -231,6 +232,12 @@ class Server:
         torch.set_num_threads(1)  # parallel over items, and the cores belong to the ranks
         preprocessor = Preprocessor(self._checkpoint, self._limits)
         return preprocessor, {modality: preprocessor.probe(modality) for modality in sorted(preprocessor.modalities)}
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Nothing goes on without one of the background tasks; it must not die unnoticed."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a background task failed", exc_info=error)
+            self._fail(f"a background task failed: {type(error).__name__}: {error}")
 
     def _fail(self, reason: str) -> None:
         if self.fatal is None:

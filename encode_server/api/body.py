@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 
 import msgspec
@@ -12,6 +11,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from encode_server.api.raw import chunks, from_json, read_all
 from encode_server.api.schemas import EncodeBody, ItemBody
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.models.prepared import ItemOptions
@@ -30,16 +30,15 @@ class _InMemory(MultiPartParser):
 async def read_encode(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
     """The body of `POST /encode` and its media items.
 
-    Raises BadRequest when it is malformed, TooLarge above `max_bytes` (before reading on).
+    Raises BadRequest when it is malformed, TooLarge above `max_bytes` (before reading on), CallerGone.
     """
     if declared_length(request) > max_bytes:
         raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _read_form(request, pool, max_bytes)
-    raw = await _read_all(request, max_bytes)
-    decode: Callable[[bytes | bytearray], EncodeBody] = _decode
-    body = decode(raw) if len(raw) < SMALL_JSON else await run(pool, decode, raw)
+    raw = await read_all(request, max_bytes)
+    body = from_json(raw, EncodeBody) if len(raw) < SMALL_JSON else await run(pool, from_json, raw, EncodeBody)
     return body, [_media_item(item) for item in body.mm_items]
 
 
@@ -47,22 +46,6 @@ def declared_length(request: Request) -> int:
     """The body's bytes as its header has it; 0 when it does not say."""
     declared = request.headers.get("content-length", "")
     return int(declared) if declared.isascii() and declared.isdigit() else 0
-
-
-async def _read_all(request: Request, max_bytes: int) -> bytearray:
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-        if len(raw) > max_bytes:
-            raise TooLarge(f"the body has more than {max_bytes} bytes")
-    return raw
-
-
-def _decode(raw: bytes | bytearray) -> EncodeBody:
-    try:
-        return msgspec.json.decode(raw, type=EncodeBody)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BadRequest(f"the body is not the JSON expected: {error}") from None
 
 
 def _media_item(item: str | ItemBody) -> MediaItem:
@@ -84,17 +67,8 @@ async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[
 
     `fields` holds per-item options for all files as well (`-F max_pixels=100000`); `uuid` comes once per item.
     """
-
-    async def bounded() -> AsyncGenerator[bytes, None]:
-        received = 0
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received > max_bytes:
-                raise TooLarge(f"the body has more than {max_bytes} bytes")
-            yield chunk
-
     try:
-        form = await _InMemory(request.headers, bounded(), max_part_size=max_bytes).parse()
+        form = await _InMemory(request.headers, chunks(request, max_bytes), max_part_size=max_bytes).parse()
     except MultiPartException as error:
         raise BadRequest(f"the form is malformed: {error.message}") from None
     texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}

@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server.api.answers import JSON
+from encode_server.api.raw import read_small
 from encode_server.api.schemas import PositiveInt
-from encode_server.api.small import read_small
 from encode_server.errors import BadRequest, Forbidden
 from encode_server.server import Server
 

@@ -60,7 +60,10 @@ class EncodeCall:
         if reason := self._server.not_ready():
             raise NotReady(reason, headers={"Retry-After": "2"})
         # Before its body is read: refusing must cost less than taking.
-        with self._server.admission.admit(client, declared_length(self._http)) as ticket:
+        declared = declared_length(self._http)
+        if "transfer-encoding" in self._http.headers:
+            declared = self._server.settings.max_body_mb << 20  # it may be that long
+        with self._server.admission.admit(client, declared) as ticket:
             return await self._read_and_encode(ticket)
 
     async def _read_and_encode(self, ticket: Ticket) -> Response:
@@ -111,7 +114,7 @@ class EncodeCall:
             raise BadRequest(f"mm_items holds {len(media)} items, at most {settings.max_items} are taken")
         if body.part_idx >= body.num_parts:
             raise BadRequest(f"part_idx is {body.part_idx}, expected less than num_parts, {body.num_parts}")
-        ticket.weigh(nbytes=sum(len(item.source) for item in media))
+        ticket.weigh(nbytes=sum(len(item.source) for item in media) - ticket.bytes)
         modality = body.checked_modality()
         if modality is Modality.VIDEO and settings.video_fps is not None:
             media = [item.with_fps(settings.video_fps) for item in media]

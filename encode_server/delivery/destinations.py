@@ -8,6 +8,7 @@ import socket
 from collections.abc import Sequence
 
 from encode_server.errors import BadRequest, DeliveryFailed, Forbidden, StartupError
+from encode_server.media.addresses import is_private, parse_address
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -49,9 +50,7 @@ class DestinationPolicy:
         return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
     def _allowed(self, host: str, address: str) -> bool:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-            ip = ip.ipv4_mapped
+        ip = parse_address(address.partition("%")[0])
         if host.lower().rstrip(".") in self._names or any(ip in network for network in self._networks):
             return True
-        return (ip.is_private or ip.is_loopback) and not (ip.is_link_local or ip.is_multicast or ip.is_unspecified)
+        return is_private(ip)

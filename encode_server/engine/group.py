@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -85,11 +86,6 @@ class RankGroup:
         """Per rank: starting, a loading step, ready or dead."""
         return [rank.state for rank in self._ranks]
 
-    @property
-    def in_flight(self) -> int:
-        """Commands sent and not yet acknowledged by all ranks."""
-        return len(self._pending)
-
     def oldest(self) -> tuple[m.Acknowledged, float] | None:
         """The command that has been executed for longest, and for how many seconds; None when the ranks are idle."""
         if not self._pending:
@@ -151,7 +147,8 @@ class RankGroup:
         for rank in self._ranks:
             asyncio.get_running_loop().remove_reader(rank.pidfd)
             if polite:
-                await rank.socket.send(m.encode(m.Shutdown()))
+                with contextlib.suppress(zmq.Again):  # it has just died: to wait for it would be for ever
+                    await rank.socket.send(m.encode(m.Shutdown()), flags=zmq.NOBLOCK)
             else:
                 rank.process.kill()
         deadline = time.monotonic() + grace
@@ -166,7 +163,7 @@ class RankGroup:
             rank.socket.close(linger=0)
             os.close(rank.pidfd)
         self._ranks.clear()
-        self._context.term()
+        self._context.destroy(linger=0)  # with a socket whose rank could not be started
 
     def _spawn(self, directory: RunDirectory, store: int) -> None:
         for index in range(self._spec.world):
@@ -246,6 +243,10 @@ class RankGroup:
             return
         pending.done[done.rank] = done
         if len(pending.done) == len(self._ranks):
+            if len({bool(one.error) for one in pending.done.values()}) > 1:
+                # Some left the forward before its last collective, so the next one's would be paired wrongly.
+                self.fail(f"command {done.seq} failed on some ranks only: {_first_error(pending.done)}")
+                return
             del self._pending[done.seq]
             self._note_started()
             if not pending.future.done():
@@ -257,6 +258,8 @@ class RankGroup:
         for pending in itertools.islice(self._pending.values(), info.at_once if info else 1):
             if pending.started is None:
                 pending.started = time.monotonic()
+            if not isinstance(pending.command, m.Forward):
+                break  # nothing overtakes it
 
     def _on_exit(self, index: int) -> None:
         rank = self._ranks[index]
@@ -269,3 +272,7 @@ class RankGroup:
     def _on_gone(self, rank: _Rank, reason: str) -> None:
         rank.state = "dead"
         self.fail(reason)
+
+
+def _first_error(done: Mapping[int, m.Done]) -> str:
+    return next(one.error for one in done.values() if one.error)

@@ -101,7 +101,7 @@ class Worker:
     def __init__(self, encoder: Encoder, store: TensorStore, rank: int) -> None:
         self._encoder, self._store, self._rank = encoder, store, rank
 
-    def forward(self, command: m.Forward) -> m.Done:
+    def forward(self, command: m.Forward) -> m.Done | m.Failed:
         import torch
 
         try:
@@ -115,11 +115,22 @@ class Worker:
                 self._write(command, embeddings)
             written = time.perf_counter()
         except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            return m.Done(self._rank, command.seq, error=_one_line(error), out_of_memory=True)
+            return self._failed(command, error, out_of_memory=True)
         except Exception as error:
-            return m.Done(self._rank, command.seq, error=_one_line(error))
+            return self._failed(command, error)
         return m.Done(self._rank, command.seq, forward_s=forwarded - started, copy_s=written - forwarded)
+
+    def _failed(self, command: m.Forward, error: Exception, *, out_of_memory: bool = False) -> m.Done | m.Failed:
+        """The batch's failure; the rank's where it broke the CUDA context, in which nothing works any more."""
+        import torch
+
+        try:
+            if self._encoder.info.device != "cpu":
+                torch.cuda.synchronize(self._encoder.info.device)
+                torch.cuda.empty_cache()
+        except Exception as broken:
+            return m.Failed(self._rank, _one_line(broken))
+        return m.Done(self._rank, command.seq, error=_one_line(error), out_of_memory=out_of_memory)
 
     def _write(self, command: m.Forward, embeddings: list[torch.Tensor]) -> None:
         for item, embedding in zip(command.items, embeddings, strict=True):
@@ -135,10 +146,9 @@ def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threa
             case m.Forward() as command if threads is not None and not profiler.running:
                 threads.submit(partial(_forward_and_post, worker, command, channel))
             case m.Forward() as command:
-                done = worker.forward(command)
+                channel.send(worker.forward(command))
                 with contextlib.suppress(Exception):  # a trace that cannot be written is no reason to fail an item
                     profiler.forwarded()
-                channel.send(done)
             case m.StartProfile(seq, path, forwards):
                 channel.send(_attempt(rank, seq, lambda: profiler.start(f"{path}rank{rank}.json.gz", forwards)))
             case m.StopProfile(seq):
@@ -253,7 +263,8 @@ def main() -> int:
     parser.add_argument("--parent", type=int, required=True)
     args = parser.parse_args()
     _die_with(args.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the front, which shuts its ranks down
+    for signum in (signal.SIGINT, signal.SIGTERM):  # for the front, which shuts its ranks down when work has ended
+        signal.signal(signum, signal.SIG_IGN)
 
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel = Channel(context, args.socket)

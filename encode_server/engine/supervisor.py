@@ -120,6 +120,9 @@ class Supervisor:
                 self._set(EngineState.STOPPED, "the server is stopping")
                 await group.stop()
                 raise
+            except Exception as error:  # no descriptors, no processes, a socket path too long, …
+                log.exception("the ranks could not be started")
+                reason = f"the ranks could not be started: {type(error).__name__}: {error}"
             # Reaped before anything is replayed: a dying rank must not write into slots that are granted again.
             self._set(EngineState.RESTARTING, reason)
             await group.stop(grace=1.0)
@@ -145,7 +148,7 @@ class Supervisor:
                     what, limit = ("a ping", min(self._options.stall_s, self._options.ping_limit_s))
                 if oldest[1] > limit:
                     group.fail(f"the ranks hang: {what} has not ended after {oldest[1]:.1f} s")
-            elif oldest is None and time.monotonic() - pinged > self._options.ping_s:
+            elif time.monotonic() - pinged > self._options.ping_s:
                 pinged = time.monotonic()
                 task = asyncio.create_task(group.ping())
                 task.add_done_callback(lambda t: t.cancelled() or t.exception())

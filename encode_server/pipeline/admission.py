@@ -55,6 +55,7 @@ class Admission:
         """Hold one place. Raises TooBusy, with `Retry-After` from the rate at which requests have been ending."""
         self._check(client, declared_bytes)
         ticket = Ticket(self, client)
+        ticket.weigh(nbytes=declared_bytes)  # held from now on: many that begin at once must not all find room
         self._clients[client] += 1
         self._enter(1)
         try:

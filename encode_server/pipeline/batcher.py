@@ -23,6 +23,7 @@ from encode_server.telemetry.metrics import Metrics
 log = logging.getLogger(__name__)
 
 WAITING = 1  # batches in the ranks' sockets beside those being executed, so that the device never waits for the front
+LARGE = 4  # times the cost of the batches that ranks execute side by side: beyond it one goes alone
 MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before it is taken apart
 
 
@@ -33,7 +34,7 @@ class Batcher:
         self._engine, self._metrics = engine, metrics
         self._budgets = dict(budgets)
         self._queue = FairQueue()
-        self._retries: deque[list[Work]] = deque()  # batches to send again as they are, each alone
+        self._retries: deque[list[Work]] = deque()  # batches to send as they are, each alone
         self._alone = False  # a batch of these is in flight
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
@@ -118,12 +119,25 @@ class Batcher:
         self._alone = False
         while self._retries:
             batch = self._retries.popleft()
-            for work in (work for work in batch if not self._wanted(work.placement)):
+            for work in batch:
+                self._wanted(work.placement)
+            for work in (work for work in batch if work.placement.abandoned):
                 work.fail(NotReady("its request has ended"))
             if batch := [work for work in batch if not work.placement.abandoned]:
                 self._alone = True
                 return batch
-        return self._queue.take({modality: self.budget(modality) for modality in self._budgets}, self._wanted)
+        batch = self._queue.take({modality: self.budget(modality) for modality in self._budgets}, self._wanted)
+        if self._needs_all_cores(batch):
+            if self._running:
+                self._again(batch)
+                return []
+            self._alone = True
+        return batch
+
+    def _needs_all_cores(self, batch: list[Work]) -> bool:
+        """Whether it would take too long beside others, which leave each forward one core of many."""
+        info = self._engine.info
+        return bool(info and info.batch_cost and sum(work.cost for work in batch) > LARGE * info.batch_cost)
 
     def _wanted(self, placement: Placement) -> bool:
         """Whether to forward it still; one whose caller has gone or whose time is up ends here."""
@@ -158,6 +172,9 @@ class Batcher:
             return
         log.warning("a batch of %d %s failed: %s", len(batch), batch[0].placement.modality, failed.error)
         if failed.out_of_memory:
+            if self._at_once > 1 and not self._alone:
+                self._again(batch)  # a neighbour may have had the memory
+                return
             self._lower_budget(batch)
         if len(batch) > 1:
             self._halve(batch)
@@ -174,7 +191,9 @@ class Batcher:
         elif len(batch) > 1:
             self._halve(batch)
         else:
-            batch[0].fail(EncodeFailed("the ranks died on this item, repeatedly"))
+            # Its slots go back when it is taken from the retries: by then the ranks that may write there are gone.
+            batch[0].placement.work_failed(EncodeFailed("the ranks died on this item, repeatedly"))
+            self._again(batch)
 
     def _halve(self, batch: list[Work]) -> None:
         middle = len(batch) // 2
@@ -188,5 +207,5 @@ class Batcher:
 
     def _lower_budget(self, batch: list[Work]) -> None:
         modality = batch[0].placement.modality
-        self._budgets[modality] = max(1, sum(work.cost for work in batch) // 2)
+        self._budgets[modality] = max(1, min(self._budgets[modality], sum(work.cost for work in batch) // 2))
         log.warning("out of memory: %s batches are now at most %d tokens", modality, self._budgets[modality])

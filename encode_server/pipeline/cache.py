@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from encode_server.errors import EncodeError
+from encode_server.errors import EncodeError, EncodeFailed
 from encode_server.modality import Modality
 from encode_server.models.prepared import ItemOptions
 from encode_server.pipeline.request import EncodedItem
@@ -42,7 +42,8 @@ class EmbeddingCache:
         """The embedding for `key`, and whether it was there or on its way already.
 
         One caller computes, the others wait for it. When that one fails for a reason of its own (cancelled, out of
-        time, ranks lost), a waiting one computes in its place; an error of the media itself is everybody's.
+        time, ranks lost), a waiting one computes in its place. An error of the media itself is everybody's, and so is
+        that of a forward which failed on it alone: to try it again for each could cost the ranks each time.
         """
         while True:
             if (entry := self._entries.get(key)) is not None:
@@ -59,7 +60,9 @@ class EmbeddingCache:
             if error is None:
                 self._metrics.cache.labels("shared").inc()
                 return flight.result(), True
-            if isinstance(error, EncodeError) and error.status < 500 and error.status != 429:
+            if isinstance(error, EncodeFailed) or (
+                isinstance(error, EncodeError) and error.status < 500 and error.status != 429
+            ):
                 raise type(error)(error.message, headers=error.headers)
 
     async def _lead(self, key: CacheKey, compute: Callable[[], Awaitable[EncodedItem]]) -> EncodedItem:

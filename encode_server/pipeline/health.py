@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from encode_server.modality import Modality
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.pipeline import Pipeline
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
+
+log = logging.getLogger(__name__)
 
 ANSWER_S = 1.5  # probers give up after 2 s
 RECENT_S = 5.0  # an encode this long ago still shows that the ranks work: a starved machine is slow, not dead
@@ -97,6 +100,9 @@ class HealthProbe:
             reason = error.message
         except TimeoutError:
             reason = f"no embedding after {self._stall_s:g} s"
+        except Exception as error:
+            log.exception("the probe of %s failed", modality)
+            reason = f"the probe failed: {type(error).__name__}"
         self._outcomes[modality] = _Outcome(time.time(), time.perf_counter() - started, reason)
         if not reason:
             self._last_success = time.time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -33,10 +34,14 @@ async def run(pool: Executor, function: Callable[P, T], *args: P.args, **kwargs:
 
 async def run_to_end(pool: Executor, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run in the pool; a cancellation waits for the thread, which still uses the memory it was given."""
-    future = asyncio.get_running_loop().run_in_executor(pool, lambda: function(*args, **kwargs))
+    job = pool.submit(lambda: function(*args, **kwargs))
+    future = asyncio.wrap_future(job)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        if not future.cancel():
-            await asyncio.wait((future,))
+        if not job.cancel():  # asked of the pool's future: asyncio's would call a running one cancelled
+            while not future.done():  # however often it is cancelled
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait((future,))
+            future.exception()  # nobody is left to care
         raise

@@ -15,8 +15,9 @@ from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.api.raw import from_json, read_all
 from encode_server.client import ClientError, EncoderPool, EncodeServerError
-from encode_server.errors import BadRequest, EncodeError, TooLarge
+from encode_server.errors import EncodeError
 from encode_server.route.chat import media_parts, name_parts, renames
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.options import RouteOptions
@@ -69,7 +70,7 @@ class Router:
 
     async def _answered(self, request: Request, encode: bool) -> Response:
         try:
-            content = await self._read(request)
+            content = bytes(await read_all(request, self._options.max_body_mb << 20))
             async with until_caller_goes(request):
                 if encode:
                     content = await self._encoded(content)
@@ -90,7 +91,7 @@ class Router:
 
     async def _encoded(self, content: bytes) -> bytes:
         """The request with its media named, once their embeddings are where the engine looks for them."""
-        body = await _maybe_threaded(len(content), _decode, content)
+        body: Any = await _maybe_threaded(len(content), from_json, content, object)
         parts = media_parts(body)
         if not parts:
             return content
@@ -105,14 +106,6 @@ class Router:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
         return await _maybe_threaded(len(content), msgspec.json.encode, body)
-
-    async def _read(self, request: Request) -> bytes:
-        limit, raw = self._options.max_body_mb << 20, bytearray()
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > limit:
-                raise TooLarge(f"the body has more than {limit} bytes")
-        return bytes(raw)
 
 
 def create_route_app(options: RouteOptions) -> FastAPI:
@@ -129,13 +122,6 @@ def create_route_app(options: RouteOptions) -> FastAPI:
     app.add_api_route("/health", router.health, methods=["GET"])
     app.add_api_route("/v1/{path:path}", router.other, methods=["GET", "POST"], include_in_schema=False)
     return app
-
-
-def _decode(content: bytes) -> Any:
-    try:
-        return msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadRequest(f"the body is not JSON: {error}") from None
 
 
 async def _maybe_threaded(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

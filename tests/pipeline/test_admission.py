@@ -46,8 +46,7 @@ def test_a_client_has_all_places_alone_and_its_share_beside_others():
 
 def test_a_body_too_many_is_refused_before_it_is_read():
     gate = admission()
-    with gate.admit("a", 600) as ticket:
-        ticket.weigh(nbytes=600)
+    with gate.admit("a", 600):
         with pytest.raises(TooBusy, match="media"):
             enter(gate, "b", 600)
         leave(enter(gate, "b", 300))

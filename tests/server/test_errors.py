@@ -2,11 +2,14 @@
 
 import asyncio
 import base64
+import socket
+from pathlib import Path
 
 import httpx
 import pytest
 
 from encode_server.client import EncodeClient, EncodeServerError
+from tests.live import eventually
 
 
 def post(server, body, **kwargs):
@@ -45,11 +48,13 @@ def test_wrong_requests(server, picture, change, status, code, says):
     document = answer.json()
     assert (answer.status_code, document["status"], document["code"]) == (status, "error", code), document
     assert says in document["message"]
-    assert "Traceback" not in document["message"] and "/work" not in document["message"]
+    assert "Traceback" not in document["message"] and str(Path(__file__).parents[2]) not in document["message"]
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"mm_items": ["\\ud800"], "modality": "image"}']
+    "body",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"mm_items": ["\\ud800"], "modality": "image"}', b'{"a":' + b"[" * 9000],
+    ids=["empty", "cut", "list", "null", "no UTF-8", "surrogate", "deep"],
 )
 def test_bodies_that_are_no_json_request(server, body):
     answer = httpx.post(server.base_url + "/encode", content=body, headers={"Content-Type": "application/json"})
@@ -59,11 +64,6 @@ def test_bodies_that_are_no_json_request(server, body):
 def test_forms_without_media_say_so(server):
     answer = httpx.post(server.base_url + "/encode", data={"modality": "image"}, files={"x": (None, "y")})
     assert answer.status_code == 400 and "no file" in answer.json()["message"]
-
-
-def test_unknown_paths_and_methods_are_ordinary_http_errors(server):
-    assert httpx.get(server.base_url + "/nothing").status_code == 404
-    assert httpx.get(server.base_url + "/encode").status_code == 405
 
 
 def test_one_bad_item_fails_its_own_request_only(server, reference, picture):
@@ -107,3 +107,25 @@ def test_unknown_paths_and_methods_are_errors_like_all_others(server):
     assert gone.status_code == 404 and gone.json()["code"] == "not_found" and "/encodes" in gone.json()["message"]
     assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
     assert wrong.json()["status"] == "error" and wrong.json()["code"] == "method_not_allowed"
+
+
+def test_who_hangs_up_while_sending_is_counted_as_gone(server):
+    """No traceback for it, and its place is free again."""
+    host, port = server.base_url.removeprefix("http://").split(":")
+    before = gone(server)
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n")
+            connection.sendall(b"Content-Length: 100000\r\n\r\n{")
+    assert eventually(lambda: gone(server) == before + 3)
+    assert "ClientDisconnect" not in server.log
+    assert metric(server, "encode_requests_in_work") == 0
+
+
+def gone(server) -> float:
+    return metric(server, 'encode_requests_total{modality="unknown",outcome="gone"}')
+
+
+def metric(server, name: str) -> float:
+    lines = httpx.get(server.base_url + "/metrics").text.splitlines()
+    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), 0.0)

@@ -95,7 +95,8 @@ def test_started_twice_on_one_port(checkpoint):
     ],
 )
 def test_wrong_starts_are_one_line(checkpoint, arguments, says):
-    result = run(*SERVE, *(argument.format(checkpoint=checkpoint) for argument in arguments))
+    given = [argument.format(checkpoint=checkpoint) for argument in arguments]
+    result = run(*SERVE, "--port", "0", *given)  # a port given later wins
     assert result.returncode == 1
     assert says in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
@@ -114,7 +115,7 @@ def test_checkpoint_without_its_weights_is_one_line(checkpoint, tmp_path):
     for file in checkpoint.iterdir():
         if file.suffix != ".safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
-    result = run(*SERVE, str(broken))
+    result = run(*SERVE, str(broken), "--port", "0")
     assert result.returncode == 1 and "safetensors" in result.stderr and result.stderr.count("\n") == 1
 
 
