@@ -230,7 +230,7 @@ class Server:
         from encode_server.models.preprocess import Preprocessor
 
         torch.set_num_threads(1)  # parallel over items, and the cores belong to the ranks
-        preprocessor = Preprocessor(self._checkpoint, self._limits)
+        preprocessor = Preprocessor(self._checkpoint, self._limits, self.settings.max_item_tokens)
         return preprocessor, {modality: preprocessor.probe(modality) for modality in sorted(preprocessor.modalities)}
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -268,7 +268,7 @@ def _embedding_store(settings: Settings, pools: Pools) -> EmbeddingStore | None:
         return None
     age_s = settings.ec_store_age_s
     folder = EntryFolder(settings.ec_store, max_bytes=int(settings.ec_store_gb * (1 << 30)), max_age_s=age_s)
-    return EmbeddingStore(folder, age_s, pools.send)
+    return EmbeddingStore(folder, age_s, pools.store)
 
 
 def media_limits(settings: Settings) -> MediaLimits:

@@ -6,10 +6,12 @@ through `load_settings`, so a wrong value gives the same sentence either way.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from encode_server.errors import StartupError
@@ -147,8 +149,14 @@ class Settings(BaseSettings):
 
     @field_validator("media_allow", "media_roots", "destination_allow", "api_keys", "register_url", mode="before")
     @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    def _split_commas(cls, value: Any, field: ValidationInfo) -> Any:
+        if not isinstance(value, str):
+            return value
+        parts = tuple(part.strip() for part in value.split(",") if part.strip())
+        if field.field_name == "api_keys" and not parts:
+            # A secret that was not set must not open the server.
+            raise PydanticCustomError("no_key", "at least one key; leave it out to serve everybody")
+        return parts
 
 
 def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
@@ -157,6 +165,9 @@ def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
     Raises StartupError naming the option, what it got and what it takes.
     """
     given = dict(options or {})
+    if "api_keys" not in given and os.environ.get(variable_name("api_keys"), "unset").strip() == "":
+        # Empty variables count as absent, but a secret that was not set must not open the server.
+        raise StartupError(f"{variable_name('api_keys')} is empty: give a key, or unset it to serve everybody")
     try:
         return Settings(**given)
     except ValidationError as error:

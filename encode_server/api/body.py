@@ -7,7 +7,8 @@ import sys
 from concurrent.futures import Executor
 
 import msgspec
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -19,6 +20,8 @@ from encode_server.pipeline.pools import run
 from encode_server.pipeline.request import MediaItem
 
 SMALL_JSON = 64 << 10  # decoded on the loop: less work than a change of threads
+FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
+MAX_VALUES = 1_000_000  # in a JSON body: decoding many more would hold the interpreter for seconds
 
 
 class _InMemory(MultiPartParser):
@@ -27,19 +30,36 @@ class _InMemory(MultiPartParser):
     spool_max_size = sys.maxsize
 
 
-async def read_encode(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
+async def read_encode(
+    request: Request, pool: Executor, max_bytes: int, max_items: int
+) -> tuple[EncodeBody, list[MediaItem]]:
     """The body of `POST /encode` and its media items.
 
-    Raises BadRequest when it is malformed, TooLarge above `max_bytes` (before reading on), CallerGone.
+    Raises BadRequest when it is malformed or holds more than `max_items`, TooLarge above `max_bytes` (before reading
+    on), CallerGone.
     """
     if declared_length(request) > max_bytes:
         raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await _read_form(request, pool, max_bytes)
+        body, media = await _read_form(request, pool, max_bytes)
+        _check_count(len(media), max_items)
+        return body, media
     raw = await read_all(request, max_bytes)
-    body = from_json(raw, EncodeBody) if len(raw) < SMALL_JSON else await run(pool, from_json, raw, EncodeBody)
+    body = _decode(raw) if len(raw) < SMALL_JSON else await run(pool, _decode, raw)
+    _check_count(len(body.mm_items), max_items)
     return body, [_media_item(item) for item in body.mm_items]
+
+
+def _decode(raw: bytearray) -> EncodeBody:
+    if raw.count(b",") > MAX_VALUES:
+        raise BadRequest(f"the body holds more than {MAX_VALUES} values")
+    return from_json(raw, EncodeBody)
+
+
+def _check_count(items: int, most: int) -> None:
+    if items > most:
+        raise BadRequest(f"mm_items holds {items} items, at most {most} are taken")
 
 
 def declared_length(request: Request) -> int:
@@ -62,13 +82,22 @@ def _media_item(item: str | ItemBody) -> MediaItem:
     return MediaItem(item.url, options, item.content_hash, item.uuid)
 
 
+def _form_type(request: Request) -> Headers:
+    """The content type with its boundary alone: a charset would choose the codec, and some take quadratic time."""
+    _, options = parse_options_header(request.headers["content-type"])
+    boundary = options.get(b"boundary", b"")
+    if not boundary or b'"' in boundary or b"\\" in boundary:
+        raise BadRequest("the form is malformed: its content type names no usable boundary")
+    return Headers(raw=[(b"content-type", b'multipart/form-data; boundary="' + boundary + b'"')])
+
+
 async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
     """Files in any field become items, in order; the other fields are those of the JSON body, as text.
 
     `fields` holds per-item options for all files as well (`-F max_pixels=100000`); `uuid` comes once per item.
     """
     try:
-        form = await _InMemory(request.headers, chunks(request, max_bytes), max_part_size=max_bytes).parse()
+        form = await _InMemory(_form_type(request), chunks(request, max_bytes), max_part_size=FORM_TEXT).parse()
     except MultiPartException as error:
         raise BadRequest(f"the form is malformed: {error.message}") from None
     texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}

@@ -64,6 +64,6 @@ def add_control_routes(router: APIRouter, server: Server) -> None:
 
 def _split(receive_url: str) -> tuple[str, int]:
     host, _, port = receive_url.removeprefix("tcp://").rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or len(port) > 5:
-        raise BadRequest(f"receive_url is {receive_url!r}, expected host:port")
+    if not 0 < len(host) < 256 or not port.isascii() or not port.isdigit() or len(port) > 5:
+        raise BadRequest(f"receive_url is {receive_url[:300]!r}, expected host:port")
     return host, int(port)

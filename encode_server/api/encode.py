@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 import uuid
@@ -25,6 +26,8 @@ from encode_server.pipeline.pools import run_to_end
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
 from encode_server.server import Server
 from encode_server.telemetry.logs import log_request
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_HEADER = "X-Encode-Timeout-S"
 
@@ -71,8 +74,11 @@ class EncodeCall:
         settings = self._server.settings
         asked = self._asked_timeout()
         try:
-            async with asyncio.timeout(min(asked or settings.timeout_s, settings.max_timeout_s)):
-                body, media = await read_encode(self._http, self._server.pools.preproc, settings.max_body_mb << 20)
+            # Never longer than by default: a body that trickles in holds a place, and room for all of it.
+            async with asyncio.timeout(min(asked or settings.timeout_s, settings.timeout_s)):
+                body, media = await read_encode(
+                    self._http, self._server.pools.preproc, settings.max_body_mb << 20, settings.max_items
+                )
         except TimeoutError:
             raise DeadlineExceeded("the request's time was up before its body had arrived") from None
         self._req_id = body.req_id or uuid.uuid4().hex
@@ -84,14 +90,21 @@ class EncodeCall:
         with contextlib.ExitStack() as held:
             if body.prefill_host is not None:
                 held.enter_context(self._server.active.hold(self._req_id, body.part_idx))
-            delivery = await self._delivery(body, media, held)
+            delivery: Delivery | None = None
             try:
                 async with until_caller_goes(self._http):
+                    delivery = await self._found(request, body, media, held)
                     return await self._bounded(request, part, delivery)
-            except EncodeError as error:
-                if delivery is not None:
-                    await delivery.fail(part, error)
+            except CallerGone:
                 raise
+            except Exception as error:
+                known = error
+                if not isinstance(known, EncodeError):
+                    log.exception("request %s failed", self._req_id)
+                    known = EncodeError("an internal error, see the server's log")
+                if delivery is not None:
+                    await delivery.fail(part, known)
+                raise known from None
 
     def _asked_timeout(self) -> float | None:
         """Seconds from the header, for callers that set deadlines without touching bodies."""
@@ -110,8 +123,6 @@ class EncodeCall:
         self, body: EncodeBody, media: list[MediaItem], req_id: str, deadline: float, ticket: Ticket
     ) -> EncodeRequest:
         settings = self._server.settings
-        if len(media) > settings.max_items:
-            raise BadRequest(f"mm_items holds {len(media)} items, at most {settings.max_items} are taken")
         if body.part_idx >= body.num_parts:
             raise BadRequest(f"part_idx is {body.part_idx}, expected less than num_parts, {body.num_parts}")
         ticket.weigh(nbytes=sum(len(item.source) for item in media) - ticket.bytes)
@@ -119,6 +130,16 @@ class EncodeCall:
         if modality is Modality.VIDEO and settings.video_fps is not None:
             media = [item.with_fps(settings.video_fps) for item in media]
         return EncodeRequest(req_id, modality, media, deadline, ticket, stages=self._stages)
+
+    async def _found(
+        self, request: EncodeRequest, body: EncodeBody, media: list[MediaItem], held: contextlib.ExitStack
+    ) -> Delivery | None:
+        """`_delivery` in the request's time: a name server may take for ever."""
+        try:
+            async with asyncio.timeout(request.remaining_s):
+                return await self._delivery(body, media, held)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was up before its destination was found") from None
 
     async def _delivery(self, body: EncodeBody, media: list[MediaItem], held: contextlib.ExitStack) -> Delivery | None:
         """Where the embedding goes, or None when it goes back in the answer. `held` is left when the request ends."""

@@ -17,7 +17,7 @@ class ItemBody(msgspec.Struct, kw_only=True):
     """A media item with options. `url`: http(s) or file URL, data URI, or bare base64. `uuid`: its name in a store."""
 
     url: str
-    content_hash: str | None = None
+    content_hash: Annotated[str, msgspec.Meta(max_length=128)] | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     fps: Annotated[float, msgspec.Meta(gt=0)] | None = None
@@ -31,11 +31,11 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     """`POST /encode`. Unknown fields are ignored."""
 
     mm_items: Annotated[list[str | ItemBody], msgspec.Meta(min_length=1)]
-    modality: str
+    modality: Annotated[str, msgspec.Meta(max_length=64)]
     req_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)] | None = None
     num_parts: PositiveInt = 1
     part_idx: Annotated[int, msgspec.Meta(ge=0)] = 0
-    prefill_host: str | None = None
+    prefill_host: Annotated[str, msgspec.Meta(max_length=255)] | None = None
     embedding_port: int | Annotated[list[int], msgspec.Meta(min_length=1, max_length=1024)] | None = None
     delivery: Literal["ec_store"] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None

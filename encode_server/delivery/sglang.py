@@ -64,6 +64,7 @@ class SGLangDeliveries:
     def to_endpoints(self, endpoints: list[str]) -> SGLangPush:
         """To each of the endpoints."""
         registration = Registration()
+        endpoints = list(dict.fromkeys(endpoints))
         for endpoint in endpoints:
             registration.add(endpoint, len(endpoints))
         return SGLangPush(self._pusher, self._frames, self._pool, registration, self._wait_s)

@@ -13,6 +13,8 @@ from encode_server.media.limits import MediaLimits
 
 _READ = 1 << 20
 
+MAX_URL = 4096  # characters, as long as a path may be
+
 
 class FileRoots:
     """Reads files below `roots`, and nothing else: links are followed only to where they stay inside."""
@@ -30,7 +32,7 @@ class FileRoots:
 
         Any other text that begins with a slash is base64, as every JPEG in base64 does.
         """
-        if not text.startswith("/") or len(text) > 4096:
+        if not text.startswith("/") or len(text) > MAX_URL:
             return False
         return any(text.startswith(root.rstrip("/") + "/") for root in (*self._written, *self._roots))
 
@@ -40,6 +42,8 @@ class FileRoots:
         Raises `Forbidden` for what isn't below a root or no regular file, `BadMedia` for what can't be read, `TooLarge`
         beyond `limits.max_bytes`. No message holds a path.
         """
+        if len(text) > MAX_URL:  # each of its parts would be looked at
+            raise Forbidden("this server's options do not allow to read that file")
         path = _path(text)
         try:
             real = os.path.realpath(path)

@@ -28,6 +28,8 @@ _NETWORK_ERRORS = (
     OSError,
 )
 
+MAX_FETCHES = 128  # at once: each has a socket, and may hold as much as an item may
+
 
 class WebFetcher:
     """An HTTP client that can't be talked into reaching an address the policy refuses.
@@ -51,6 +53,7 @@ class WebFetcher:
         self._policy = policy
         self._limits = limits
         # Its own threads: a name server that doesn't answer must hold up neither decodes nor deliveries.
+        self._places = asyncio.Semaphore(MAX_FETCHES)
         self._resolving = ThreadPoolExecutor(8, thread_name_prefix="resolve")
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
@@ -69,7 +72,7 @@ class WebFetcher:
         url = _parse(text)
         host = url.host
         try:
-            async with asyncio.timeout(self._limits.fetch_seconds):
+            async with self._places, asyncio.timeout(self._limits.fetch_seconds):
                 for _ in range(self._limits.redirects + 1):
                     host = url.host
                     answer = await self._get_once(url)

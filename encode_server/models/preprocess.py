@@ -24,15 +24,17 @@ class Preprocessor:
     `modalities`: what the model has an encoder for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, limits: MediaLimits) -> None:
+    def __init__(self, checkpoint: Checkpoint, limits: MediaLimits, max_patches: int = 131_072) -> None:
         """Load the processors of the checkpoint's modalities; `limits` bound every item.
+
+        `max_patches`: what `min_pixels` may enlarge a picture or a video to.
 
         Raises:
             StartupError: a processor's configuration is missing or unreadable.
         """
         self.modalities = check_supported(checkpoint).modalities
         self._family = family_of(checkpoint)
-        self._limits = limits
+        self._limits, self._max_patches = limits, max_patches
         self._processors = {modality: _load_processor(checkpoint, modality) for modality in sorted(self.modalities)}
 
     def prepare(self, modality: Modality, data: bytes, options: ItemOptions | None = None) -> Prepared:
@@ -67,6 +69,7 @@ class Preprocessor:
         image = decode_image(data, self._limits)
         processor = self._processors[Modality.IMAGE]
         sizing = self._sizing(processor, options)
+        self._check_enlarged(processor, options, 1)
         try:
             return self._family.prepare_image(processor, image, sizing)
         except ValueError as error:
@@ -104,8 +107,7 @@ class Preprocessor:
             )
             indices = _choose(sampler, metadata, options)
             metadata.frames_indices = indices
-            if options.min_pixels and options.min_pixels * len(indices) > self._limits.max_decoded_bytes:
-                raise TooLarge(f"min_pixels {options.min_pixels} is too large for {len(indices)} frames")
+            self._check_enlarged(processor, options, len(indices))
             return indices
 
         frames, _ = decode_video(data, choose, self._limits)
@@ -121,13 +123,20 @@ class Preprocessor:
             return {}
         if not self._family.variable_pixels:
             raise BadRequest("min_pixels and max_pixels do not apply: this model's pictures have one fixed size")
-        if low is not None and low > self._limits.max_pixels:
-            raise TooLarge(f"min_pixels {low} is above the limit of {self._limits.max_pixels} pixels")
         if low is None:
             low = min(int(processor.size["shortest_edge"]), high) if high is not None else None
         if high is None:
             high = max(int(processor.size["longest_edge"]), low) if low is not None else None
         return {"size": {"shortest_edge": low, "longest_edge": high}}
+
+    def _check_enlarged(self, processor: Any, options: ItemOptions, frames: int) -> None:
+        """`min_pixels` enlarges every frame, which costs gigabytes long before anybody counts patches."""
+        if options.min_pixels is None:
+            return
+        steps = -(-frames // int(getattr(processor, "temporal_patch_size", 1)))
+        patches = steps * options.min_pixels // int(processor.patch_size) ** 2
+        if patches > self._max_patches:
+            raise TooLarge(f"min_pixels {options.min_pixels} makes {patches} patches, at most {self._max_patches}")
 
 
 def _load_processor(checkpoint: Checkpoint, modality: Modality) -> Any:

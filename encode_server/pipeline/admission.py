@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from encode_server.errors import TooBusy
 from encode_server.telemetry.metrics import Metrics
 
+WAITING_S = 5.0  # how long a refused client is taken to be waiting for its next attempt
 RATE_WINDOW_S = 5.0  # over which the drain rate forgets
 
 
@@ -46,6 +47,7 @@ class Admission:
     def __init__(self, limits: AdmissionLimits, metrics: Metrics) -> None:
         self._limits, self._metrics = limits, metrics
         self._clients: Counter[str] = Counter()
+        self._refused: dict[str, float] = {}  # clients that were, and when: for a while they count as waiting
         self._rate = 0.0  # requests ended per second, decaying
         self._rated_at = time.monotonic()
         self.in_work = self.bytes = self.tokens = 0
@@ -72,13 +74,24 @@ class Admission:
         limits = self._limits
         share = max(1, int(limits.max_requests * limits.client_share))
         if self.in_work >= limits.max_requests:
+            self._forget_refused()
+            self._refused[client] = time.monotonic()
             self._refuse(f"{self.in_work} requests are in work, the limit")
-        if self._clients[client] >= share and len(self._clients) > 1:
+        if self._clients[client] >= share and self._others(client):
             self._refuse(f"{share} requests of this client are in work, its share while others wait too")
         if self.bytes and self.bytes + declared_bytes > limits.max_bytes:
             self._refuse(f"{self.bytes >> 20} MiB of media are in work, the limit is {limits.max_bytes >> 20} MiB")
         if self.tokens > limits.max_tokens:
             self._refuse(f"{self.tokens} encoder tokens are in work, the limit is {limits.max_tokens}")
+
+    def _others(self, client: str) -> bool:
+        """Whether anybody else is in work or has been refused lately."""
+        self._forget_refused()
+        return any(name != client for name in (*self._clients, *self._refused))
+
+    def _forget_refused(self) -> None:
+        since = time.monotonic() - WAITING_S
+        self._refused = {name: at for name, at in self._refused.items() if at > since}
 
     def _refuse(self, reason: str) -> None:
         # Half of what is in work should be gone by then; nothing measured yet means a cold start.

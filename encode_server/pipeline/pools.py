@@ -13,17 +13,21 @@ T = TypeVar("T")
 
 
 class Pools:
-    """`preproc`: fetch, decode, preprocess, copy in. `send`: copy out, encode answers. `urgent`: the health probe's."""
+    """`preproc`: decode, preprocess, copy in. `send`: copy out, encode answers. `urgent`: the health probe's.
+
+    `store`: write to a disk, which may hang.
+    """
 
     def __init__(self, preproc_workers: int, send_workers: int) -> None:
         self.preproc_workers = preproc_workers
         self.preproc = ThreadPoolExecutor(preproc_workers, "preproc")
         self.send = ThreadPoolExecutor(send_workers, "send")
+        self.store = ThreadPoolExecutor(2, "store")
         self.urgent = ThreadPoolExecutor(1, "urgent")
 
     def close(self) -> None:
         """Drop what has not started; threads end after what they run."""
-        for pool in (self.preproc, self.send, self.urgent):
+        for pool in (self.preproc, self.send, self.store, self.urgent):
             pool.shutdown(wait=False, cancel_futures=True)
 
 

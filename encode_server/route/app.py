@@ -58,6 +58,9 @@ class Router:
 
     async def other(self, request: Request) -> Response:
         """Any other request, unchanged."""
+        # It comes decoded, and would be resolved to a path outside /v1/ on its way.
+        if {".", ".."} & set(request.scope["path"].split("/")):
+            return error_response(400, "the path holds . or ..")
         return await self._answered(request, encode=False)
 
     async def health(self) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -155,3 +156,12 @@ def test_options_are_checked(tmp_path):
     with router(tmp_path, "localhost:8000", ["http://127.0.0.1:9"]) as live:
         assert live.process.wait(20) == 1
         live.wait_for_log("'localhost:8000' is not a URL")
+
+
+def test_nothing_outside_v1_is_reached(route):
+    """Dots in the path, plain or encoded, would be resolved on the way to the engine."""
+    host, port = route.removeprefix("http://").split(":")
+    for path in ("/v1/../metrics", "/v1/%2e%2e/metrics"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 400")

@@ -76,3 +76,14 @@ def test_retry_after_grows_with_what_is_in_work():
         return int(refused.value.headers["Retry-After"])
 
     assert retry_after(20) < retry_after(400) <= 60
+
+
+def test_a_client_that_fills_the_server_gives_way_to_one_that_was_refused():
+    gate = admission(requests=4, share=0.5)
+    held = [enter(gate, "greedy") for _ in range(4)]
+    with pytest.raises(TooBusy, match="in work"):
+        enter(gate, "patient")
+    leave(held.pop())
+    with pytest.raises(TooBusy, match="share"):
+        enter(gate, "greedy")
+    leave(enter(gate, "patient"))

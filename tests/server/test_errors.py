@@ -109,6 +109,38 @@ def test_unknown_paths_and_methods_are_errors_like_all_others(server):
     assert wrong.json()["status"] == "error" and wrong.json()["code"] == "method_not_allowed"
 
 
+def test_a_form_does_not_choose_its_codec(server, picture):
+    """Python has codecs that take quadratic time, and some that raise what nobody expects."""
+    body = b'--x\r\nContent-Disposition: form-data; name="modality"\r\n\r\n' + b"a" * 2_000_000 + b"\r\n--x--\r\n"
+    for charset in ("punycode", "undefined", "utf-8"):
+        headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+        answer = httpx.post(server.base_url + "/encode", content=body, headers=headers, timeout=10)
+        assert answer.status_code == 400 and answer.json()["code"] == "bad_request"
+    answer = httpx.post(server.base_url + "/encode", content=body, headers={"Content-Type": "multipart/form-data"})
+    assert answer.status_code == 400 and "boundary" in answer.json()["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"mm_items": ["file://" + "/a" * 2_000_000]}, 403),
+        ({"mm_items": [""] * 300_000}, 400),
+        ({"modality": "x" * 1_000_000}, 400),
+        ({"prefill_host": "ü." * 20_000, "embedding_port": 1}, 400),
+    ],
+    ids=["long file URL", "many items", "long modality", "long host"],
+)
+def test_what_would_be_slow_to_refuse_is_refused_at_once(server, picture, change, status):
+    answer = post(server, image_body(picture(28, 28)) | change)
+    assert answer.status_code == status and len(answer.content) < 1000
+
+
+def test_pictures_are_not_enlarged_beyond_what_is_encoded(server, picture):
+    item = {"url": base64.b64encode(picture(28, 28)).decode(), "min_pixels": 60_000_000}
+    answer = post(server, {"mm_items": [item], "modality": "image"})
+    assert answer.status_code == 413 and "min_pixels" in answer.json()["message"]
+
+
 def test_who_hangs_up_while_sending_is_counted_as_gone(server):
     """No traceback for it, and its place is free again."""
     host, port = server.base_url.removeprefix("http://").split(":")

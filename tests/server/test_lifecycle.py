@@ -91,6 +91,7 @@ def test_started_twice_on_one_port(checkpoint):
         (["{checkpoint}", "--device", "tpu"], "--device: got 'tpu', takes 'auto', 'cuda' or 'cpu'"),
         (["{checkpoint}", "--destination-allow", "not/a/net"], "--destination-allow"),
         (["{checkpoint}", "--media-allow", "!!"], "--media-allow"),
+        (["{checkpoint}", "--api-keys", ","], "--api-keys: got"),
         (["{checkpoint}", "--media-roots", "/no/such/dir"], "--media-roots"),
     ],
 )
