@@ -187,9 +187,7 @@ def variable_name(field: str) -> str:
 def _complaint(error: Any, given: Mapping[str, Any]) -> str:
     field = str(error["loc"][0])
     where = option_name(field) if field in given else variable_name(field)
-    if error["type"] == "extra_forbidden":
-        return f"{where}: there is no such option"
     kind = str(error["type"]).removesuffix("_parsing").removesuffix("_type")
-    plain = {"int": "an integer", "float": "a number", "bool": "true or false", "string": "text"}
+    plain = {"int": "an integer", "float": "a number", "string": "text"}
     takes = plain.get(kind, error["msg"].removeprefix("Input should be "))
     return f"{where}: got {error['input']!r}, takes {takes}"

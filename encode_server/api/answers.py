@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import json
+import logging
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from encode_server.api.schemas import Answer, Delivered, ErrorAnswer
 from encode_server.errors import EncodeError
 from encode_server.pipeline.request import Encoded
 from encode_server.tensorfile import tensor_head
 
+log = logging.getLogger(__name__)
+
+PIECE = 256 << 10  # bytes
 JSON = "application/json"
 OCTETS = "application/octet-stream"
+
+
+class LargeAnswer(Response):
+    """An embedding, sent piece by piece for as long as its reader takes each within `limit_s` seconds.
+
+    `hold` counts it until then: in one piece it would wait on the heap, uncounted, for a reader that may never come.
+    """
+
+    def __init__(
+        self, content: bytes, media_type: str, hold: contextlib.AbstractContextManager[None], limit_s: float
+    ) -> None:
+        super().__init__(content, media_type=media_type)
+        self._hold, self._limit_s = hold, limit_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI. Raises TooBusy, before anything is sent, when too much waits for readers already."""
+        with self._hold:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            size = len(self.body)
+            for start in range(0, size, PIECE):
+                piece = bytes(self.body[start : start + PIECE])
+                try:
+                    async with asyncio.timeout(self._limit_s):
+                        await send({"type": "http.response.body", "body": piece, "more_body": start + PIECE < size})
+                except TimeoutError:
+                    log.warning("a client took nothing of its answer for %g s: closing", self._limit_s)
+                    return
 
 
 def json_answer(req_id: str, encoded: Encoded) -> bytes:

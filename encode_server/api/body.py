@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 
 import msgspec
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -94,7 +94,8 @@ def _form_type(request: Request) -> Headers:
 async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
     """Files in any field become items, in order; the other fields are those of the JSON body, as text.
 
-    `fields` holds per-item options for all files as well (`-F max_pixels=100000`); `uuid` comes once per item.
+    `fields` holds per-item options for all files as well (`-F max_pixels=100000`); `uuid` and `content_hash` come once
+    per item.
     """
     try:
         form = await _InMemory(_form_type(request), chunks(request, max_bytes), max_part_size=FORM_TEXT).parse()
@@ -102,7 +103,6 @@ async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[
         raise BadRequest(f"the form is malformed: {error.message}") from None
     texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}
     urls = [value for key, value in form.multi_items() if key == "mm_items" and isinstance(value, str)]
-    uuids: list[str | None] = [value for key, value in form.multi_items() if key == "uuid" and isinstance(value, str)]
     uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     media: list[str | bytes] = [*urls, *await asyncio.gather(*(run(pool, upload.file.read) for upload in uploads))]
     if not media:
@@ -114,7 +114,12 @@ async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[
     except msgspec.ValidationError as error:
         raise BadRequest(f"the form's fields are not those expected: {error}") from None
     options = _media_item(shared).options
-    if uuids and len(uuids) != len(media):
-        raise BadRequest(f"the form holds {len(uuids)} uuids for {len(media)} items, expected one each")
-    uuids = uuids or [None] * len(media)
-    return body, [MediaItem(item, options, uuid=uuid) for item, uuid in zip(media, uuids, strict=True)]
+    uuids, hashes = (_once_per_item(form, field, len(media)) for field in ("uuid", "content_hash"))
+    return body, [MediaItem(*item) for item in zip(media, [options] * len(media), hashes, uuids, strict=True)]
+
+
+def _once_per_item(form: FormData, field: str, items: int) -> list[str | None]:
+    values: list[str | None] = [value for value in form.getlist(field) if isinstance(value, str)]
+    if values and len(values) != items:
+        raise BadRequest(f"the form holds {len(values)} of {field} for {items} items, expected one each")
+    return values or [None] * items

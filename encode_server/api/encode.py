@@ -198,4 +198,8 @@ class EncodeCall:
         binary = answers.OCTETS in self._http.headers.get("accept", "")
         build = answers.safetensors_answer if binary else answers.json_answer
         content = await run_to_end(self._server.pools.send, build, request.req_id, encoded)
-        return Response(content, media_type=answers.OCTETS if binary else answers.JSON)
+        kind = answers.OCTETS if binary else answers.JSON
+        if len(content) <= answers.PIECE:
+            return Response(content, media_type=kind)
+        hold = self._server.undelivered.hold(len(content))
+        return answers.LargeAnswer(content, kind, hold, self._server.settings.send_timeout_s)

@@ -61,7 +61,7 @@ class Answer(msgspec.Struct, kw_only=True):
 
 
 class Delivered(msgspec.Struct, kw_only=True):
-    """The embedding was pushed to the destination."""
+    """The embedding was pushed to its destination, or stored."""
 
     status: str = "delivered"
     req_id: str

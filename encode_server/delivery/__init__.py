@@ -1,1 +1,1 @@
-"""Ways an embedding leaves: the response body, a ZMQ push."""
+"""Ways an embedding leaves other than in the answer: a ZMQ push, a file in a store."""

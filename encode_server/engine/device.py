@@ -8,7 +8,7 @@ from encode_server.errors import StartupError
 
 
 def resolve_device(device: str, rank: int) -> str:
-    """`auto`, `cuda`, `cuda:N` or `cpu` → the torch device of this rank.
+    """`auto`, `cuda` or `cpu` → the torch device of this rank.
 
     Raises StartupError when there are fewer GPUs than ranks.
     """
@@ -19,10 +19,9 @@ def resolve_device(device: str, rank: int) -> str:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto" and found == 0:
         return "cpu"
-    index = int(device.partition(":")[2] or rank)
-    if index >= found:
-        raise StartupError(f"rank {rank} needs GPU {index}, found {found}: lower --tp or set --device cpu")
-    return f"cuda:{index}"
+    if rank >= found:
+        raise StartupError(f"rank {rank} needs GPU {rank}, found {found}: lower --tp or set --device cpu")
+    return f"cuda:{rank}"
 
 
 def resolve_dtype(dtype: str, checkpoint_dtype: str, device: str) -> str:

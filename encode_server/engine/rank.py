@@ -181,8 +181,7 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         progress("joining the group")
         # A FileStore on the inherited memfd: torch's TCPStore would let any local user join, and a file could leak.
         dist.init_process_group(
-            # Ranks that share a GPU (a test on one card) cannot use NCCL, which takes one device per rank.
-            "nccl" if device != "cpu" and torch.cuda.device_count() >= command.world else "gloo",
+            "gloo" if device == "cpu" else "nccl",
             store=dist.FileStore(f"/proc/self/fd/{command.store_fd}", command.world),  # type: ignore[attr-defined]
             rank=command.rank,
             world_size=command.world,

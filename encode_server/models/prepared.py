@@ -32,14 +32,12 @@ class Prepared:
 
     `tensors`: contiguous CPU tensors by name, what the encoder's forward of this modality takes for one item.
     `tokens`: rows of its embedding. `cost`: patches or mel frames, the unit of the batch's token budget.
-    `segment`: the longest attention segment, in the same unit. `grid_thw`: (t, h, w) in patches, None where there is
-    no such grid.
+    `grid_thw`: (t, h, w) in patches, None where there is no such grid.
     `extra`: what an engine wants beside the embedding (`video_timestamps`, `second_per_grid_ts`, `mel_frames`, …).
     """
 
     tensors: dict[str, torch.Tensor]
     tokens: int
     cost: int
-    segment: int
     grid_thw: tuple[int, int, int] | None = None
     extra: dict[str, float | int | list[float] | list[int]] = field(default_factory=dict)

@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 SMALL_BODY = 64 << 10  # decoded on the loop: less work than a change of threads
 
 
@@ -123,7 +124,7 @@ def create_route_app(options: RouteOptions) -> FastAPI:
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
     app.add_api_route("/v1/chat/completions", router.chat, methods=["POST"], response_model=None)
     app.add_api_route("/health", router.health, methods=["GET"])
-    app.add_api_route("/v1/{path:path}", router.other, methods=["GET", "POST"], include_in_schema=False)
+    app.add_api_route("/v1/{path:path}", router.other, methods=METHODS, include_in_schema=False)
     return app
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shutil
+import socket
 import ssl
 import subprocess
 
@@ -12,9 +13,10 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 
 from encode_server import demo_media
-from tests.live import LiveServer
+from tests.live import LiveServer, eventually
 
 OPENSSL = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -keyout key.pem -out cert.pem".split()  # noqa: SIM905
 MEANT = {200, 400, 403, 405, 406, 409, 411, 413, 415, 422, 429, 503, 504}
@@ -35,7 +37,7 @@ def locked(checkpoint, tmp_path_factory):
         capture_output=True,
     )
     options = ["--ssl-certfile", str(tmp / "cert.pem"), "--ssl-keyfile", str(tmp / "key.pem")]
-    options += ["--api-keys", "first-key,second-key", "--media-roots", str(tmp / "media")]
+    options += ["--api-keys", "first-key,second-key", "--media-roots", str(tmp / "media"), "--send-timeout-s", "2"]
     with LiveServer(checkpoint, tmp / "s", *options) as live:
         live.verify = ssl.create_default_context(cafile=str(tmp / "cert.pem"))
         yield live.healthy(), tmp
@@ -104,6 +106,23 @@ def mutations(count: int, seed: int):
             if not data:
                 data = bytearray(b"\0")
         yield modality, bytes(data)
+
+
+def test_a_client_that_never_reads_its_answer_is_left(locked):
+    """Twenty times the same large picture: an answer of 20 MB, which no socket holds."""
+    out = io.BytesIO()
+    Image.new("RGB", (980, 980), "teal").save(out, "PNG")
+    body = json.dumps({"modality": "image", "mm_items": [base64.b64encode(out.getvalue()).decode()] * 20}).encode()
+    live, _ = locked
+    lines = ("POST /encode HTTP/1.1", "Host: x", "Authorization: Bearer first-key", f"Content-Length: {len(body)}")
+    host, port = live.base_url.removeprefix("https://").split(":")
+    with (
+        socket.create_connection((host, int(port))) as plain,
+        live.verify.wrap_socket(plain, server_hostname=host) as connection,
+    ):
+        connection.sendall("\r\n".join((*lines, "", "")).encode() + body)
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+        assert eventually(lambda: "took nothing of its answer" in live.log, 20)
 
 
 def test_two_thousand_damaged_files(server):

@@ -29,7 +29,7 @@ class Family(ABC):
     """An architecture's weights, parallel plan, forward and preprocessing. One instance per process and checkpoint."""
 
     plan: ClassVar[Plan]
-    """What tensor parallelism does to the modules of the model `load` builds."""
+    """What tensor parallelism does to the modules of `model_class`."""
 
     variable_pixels: ClassVar[bool] = True
     """Whether `min_pixels` and `max_pixels` mean something: false for towers of one fixed size."""

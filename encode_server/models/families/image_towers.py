@@ -42,7 +42,7 @@ class ImageTower(Family):
         height, width = pixels.shape[-2:]
         patch = self.patch_size()
         tokens = self.class_tokens + (height // patch) * (width // patch)
-        return Prepared(tensors={"pixel_values": pixels}, tokens=tokens, cost=tokens, segment=tokens)
+        return Prepared(tensors={"pixel_values": pixels}, tokens=tokens, cost=tokens)
 
     def patch_size(self) -> int:
         """Pixels along a patch's side."""

@@ -60,6 +60,5 @@ class QwenAudio(Family):
             tensors={"input_features": features, "mel_frames": torch.tensor(frames)},
             tokens=pooled_length(frames),
             cost=features.shape[1],
-            segment=features.shape[1],
             extra={"mel_frames": frames},
         )

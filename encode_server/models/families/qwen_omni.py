@@ -68,14 +68,8 @@ class QwenOmni(QwenVision):
             tensors={"input_features": output["input_features"][0, :, :frames].contiguous()},
             tokens=pooled_length(frames),
             cost=frames,
-            segment=min(frames, 2 * self._window()),
             extra={"mel_frames": frames},
         )
-
-    def _window(self) -> int:
-        config = self.checkpoint.config
-        audio = config.get("thinker_config", config).get("audio_config", {})
-        return int(audio.get("n_window", 100))
 
     def _hear(self, tower: Any, items: Sequence[Item], device: torch.device) -> list[torch.Tensor]:
         """The tower as `get_audio_features` calls it, with what it would compute from lengths given to it.

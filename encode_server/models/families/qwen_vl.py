@@ -73,7 +73,6 @@ class QwenVision(Family):
                     tensors=prepared.tensors | {"pixel_values": pixels, "grid_thw": torch.tensor((length, h, w))},
                     tokens=prepared.tokens // t * length,
                     cost=length * h * w,
-                    segment=h * w,
                     grid_thw=(length, h, w),
                 )
             )
@@ -178,6 +177,5 @@ def _prepared(tensors: dict[str, torch.Tensor], grid_thw: torch.Tensor, processo
         tensors=tensors | {"grid_thw": grid_thw[0].to(torch.int64).contiguous()},
         tokens=t * h * w // int(processor.merge_size) ** 2,
         cost=t * h * w,
-        segment=h * w,
         grid_thw=(t, h, w),
     )

@@ -52,7 +52,6 @@ class Whisper(Family):
             tensors={"input_features": features},
             tokens=(frames - 1) // 2 + 1,
             cost=frames,
-            segment=frames,
             extra={"mel_frames": int(output["attention_mask"][0].sum())},
         )
 
