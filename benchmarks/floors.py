@@ -21,6 +21,7 @@ from PIL import Image
 
 from encode_server.bench.media import UniqueMedia
 from encode_server.bench.source import PICTURES, pool
+from encode_server.engine.rank import SMALL_BATCH
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError
 from encode_server.media.audio import decode_audio
@@ -148,10 +149,11 @@ class OurFloor(Floor):
     def prepare(self, what: str, batch: int) -> Callable[[], int]:
         media = pool(what, count=self.distinct)
         modality = media[0].modality
-        prepared = [self._preprocessor.prepare(modality, medium.copy()).tensors for medium in media[:batch]]
-        ready = [{name: self._ready(tensor) for name, tensor in tensors.items()} for tensors in prepared]
+        prepared = [self._preprocessor.prepare(modality, medium.copy()) for medium in media[:batch]]
+        ready = [{name: self._ready(tensor) for name, tensor in one.tensors.items()} for one in prepared]
+        share = max(1, SMALL_BATCH // prepared[0].cost) if self._cores > 1 else batch
         items = list(itertools.islice(itertools.cycle(ready), batch))
-        return lambda: self._forward(modality, items)
+        return lambda: self._forward(modality, items, share)
 
     def bare(self, what: str, seconds: float) -> dict[str, float]:
         """One item at a time through decoding, preprocessing, copying in, the forward and copying out.
@@ -171,9 +173,8 @@ class OurFloor(Floor):
         cpu = {f"{stage}_cpu_s": statistics.fmean(times) for stage, times in cpus.items()}
         return {"total_s": statistics.median(totals), **wall, **cpu}
 
-    def _forward(self, modality: Modality, items: list[dict[str, torch.Tensor]]) -> int:
-        """Rows of the embeddings. A CPU's cores share the items, as a rank's do."""
-        share = -(-len(items) // self._cores)
+    def _forward(self, modality: Modality, items: list[dict[str, torch.Tensor]], share: int) -> int:
+        """Rows of the embeddings. A CPU's cores take `share` items at a time, as a rank's do."""
         parts: SimpleQueue[int | Exception] = SimpleQueue()
 
         def encode(part: list[dict[str, torch.Tensor]]) -> None:

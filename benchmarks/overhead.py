@@ -1,34 +1,31 @@
 """What the engine adds to a forward: ZMQ there and back, and the arena. `uv run python -m benchmarks.overhead --tp 2`.
 
-One small picture is encoded over and over by a group of ranks, nothing else running. Added is what passes between
-sending the command and the last rank's answer, less the slowest rank's own time for the batch.
+One small picture is encoded over and over by a group of ranks, nothing else running. Added is what passes from copying
+its tensors into the arena to having its embedding out of it, less the slowest rank's forward.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from encode_server.bench.media import jpeg
 from encode_server.bench.report import percentile
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec, RankGroup
-from encode_server.engine.messages import ItemRef, TensorRef
 from encode_server.media.limits import MediaLimits
 from encode_server.modality import Modality
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.demo import demo_path
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
-
-ALIGNMENT = 64
+from encode_server.pipeline.work import Placement, room_for
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,25 +61,20 @@ async def _measure(spec: GroupSpec, prepared: Prepared, batches: int) -> tuple[l
     try:
         info = await group.start(300)
         dim = info.dims[Modality.IMAGE]
-        sizes = [tensor.numel() * tensor.element_size() + ALIGNMENT for tensor in prepared.tensors.values()]
-        inputs, output = await arena.acquire((sum(sizes), prepared.tokens * dim * 4))
-        references = []
-        offset = inputs.offset
-        for (name, tensor), size in zip(prepared.tensors.items(), sizes, strict=True):
-            data = tensor.contiguous().view(-1).numpy().view(np.uint8)
-            np.copyto(np.frombuffer(arena.view(offset, data.nbytes), np.uint8), data)
-            kind = str(tensor.dtype).removeprefix("torch.")
-            references.append(TensorRef(name, kind, tuple(tensor.shape), offset))
-            offset += -(-size // ALIGNMENT) * ALIGNMENT - ALIGNMENT
-        item = ItemRef(tuple(references), TensorRef("embedding", "float32", (prepared.tokens, dim), output.offset))
         for turn in range(batches + 20):
+            slots = await arena.acquire(room_for([prepared], dim, info.dtype))
+            placement = Placement(arena, Modality.IMAGE, math.inf, slots)
             started = time.perf_counter()
-            dones = await group.forward(Modality.IMAGE, (item,))
+            placement.fill([prepared], dim, info.dtype)
+            (work,) = placement.works
+            dones = await group.forward(Modality.IMAGE, (work.item,))
+            placement.copy_embedding()
             took = time.perf_counter() - started
+            placement.release()
             if failed := next((done.error for done in dones if done.error), None):
                 raise RuntimeError(failed)
             if turn >= 20:
-                own.append(max(done.forward_s + done.copy_s for done in dones))
+                own.append(max(done.forward_s for done in dones))
                 added.append(took - own[-1])
     finally:
         await group.stop()

@@ -45,7 +45,9 @@ class Settings(BaseSettings):
     max_items: int = Field(256, ge=1, description="most media items in one request")
 
     api_keys: CommaList = Field(
-        (), description="keys of which /encode wants one as `Authorization: Bearer`; better set by the variable"
+        (),
+        description="keys of which all but probes, metrics and docs want one as `Authorization: Bearer`; better set by "
+        "the variable",
     )
     ssl_certfile: str | None = Field(None, description="certificate chain in PEM: serve HTTPS")
     ssl_keyfile: str | None = Field(None, description="its private key in PEM")

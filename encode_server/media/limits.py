@@ -26,16 +26,16 @@ class MediaLimits:
     """
 
     max_bytes: int = 64 * _MIB
-    max_pixels: int = 64 * _MIB
+    max_pixels: int = 64_000_000
     max_frames: int = 36_000
     max_video_seconds: float = 3600.0
-    max_audio_seconds: float = 3600.0
+    max_audio_seconds: float = 1800.0
     max_decoded_bytes: int = 2048 * _MIB
     max_ratio: float = 300.0
     ratio_floor_bytes: int = 64 * _MIB
-    decode_seconds: float = 60.0
+    decode_seconds: float = 30.0
     redirects: int = 5
-    fetch_seconds: float = 30.0
+    fetch_seconds: float = 20.0
 
     def check_bytes(self, size: int) -> None:
         """Raise `TooLarge` if `size` compressed bytes are more than `max_bytes`."""
