@@ -50,8 +50,10 @@ VOLUME /cache
 EXPOSE 30000
 # /health encodes something small; it is 503 while the weights load, hence the long start.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=15m --retries=3 CMD ["python", "-c", "\
-import http.client, os, sys; \
-server = http.client.HTTPConnection('127.0.0.1', int(os.environ['ENCODE_SERVER_PORT']), timeout=4); \
+import http.client as h, os, ssl, sys; \
+at = dict(host='127.0.0.1', port=int(os.environ['ENCODE_SERVER_PORT']), timeout=4); \
+tls = os.environ.get('ENCODE_SERVER_SSL_CERTFILE'); \
+server = h.HTTPSConnection(**at, context=ssl._create_unverified_context()) if tls else h.HTTPConnection(**at); \
 server.request('GET', '/health'); \
 sys.exit(server.getresponse().status != 200)"]
 ENTRYPOINT ["encode-server"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -46,6 +47,9 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
         server.should_exit = True
 
     _check_tls(settings)
+    # Each connection and fetch takes a descriptor; the usual soft limit of 1024 is for programs that use select().
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with bind(settings.host, settings.port) as listener:
         app = create_app(settings, on_fatal=fail)
         server = _Uvicorn(

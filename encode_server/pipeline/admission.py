@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from encode_server.errors import TooBusy
+from encode_server.errors import TooBusy, TooLarge
 from encode_server.telemetry.metrics import Metrics
 
 WAITING_S = 5.0  # how long a refused client is taken to be waiting for its next attempt
@@ -34,7 +34,16 @@ class Ticket:
         self.bytes = self.tokens = 0
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
-        """Count what is now known of the request: bytes received or fetched, encoder tokens to forward."""
+        """Count what is now known of the request: bytes received or fetched, encoder tokens to forward.
+
+        Raises TooLarge when its bytes alone are above the bound, TooBusy when they are with those of others.
+        """
+        if nbytes > 0:
+            self._admission.check_room(self, nbytes)
+        self.count(nbytes=nbytes, tokens=tokens)
+
+    def count(self, *, nbytes: int, tokens: int) -> None:
+        """Count without asking."""
         self.bytes += nbytes
         self.tokens += tokens
         self._admission.bytes += nbytes
@@ -57,18 +66,28 @@ class Admission:
         """Hold one place. Raises TooBusy, with `Retry-After` from the rate at which requests have been ending."""
         self._check(client, declared_bytes)
         ticket = Ticket(self, client)
-        ticket.weigh(nbytes=declared_bytes)  # held from now on: many that begin at once must not all find room
+        ticket.count(
+            nbytes=declared_bytes, tokens=0
+        )  # held from now on: many that begin at once must not all find room
         self._clients[client] += 1
         self._enter(1)
         try:
             yield ticket
         finally:
-            ticket.weigh(nbytes=-ticket.bytes, tokens=-ticket.tokens)
+            ticket.count(nbytes=-ticket.bytes, tokens=-ticket.tokens)
             self._clients[client] -= 1
             if not self._clients[client]:
                 del self._clients[client]
             self._enter(-1)
             self._rate = self._decayed() + 1 / RATE_WINDOW_S
+
+    def check_room(self, ticket: Ticket, nbytes: int) -> None:
+        """Raise when there is no room for so many bytes more of this request."""
+        most = self._limits.max_bytes
+        if ticket.bytes + nbytes > most:
+            raise TooLarge(f"the request holds more than {most >> 20} MiB of media")
+        if self.bytes + nbytes > most:
+            self._refuse(f"{self.bytes >> 20} MiB of media are in work, the limit is {most >> 20} MiB")
 
     def _check(self, client: str, declared_bytes: int) -> None:
         limits = self._limits

@@ -72,16 +72,16 @@ def test_a_long_silence_is_refused_by_its_header() -> None:
             file.write(np.zeros(8_000 * 60, np.int16))
     assert len(out.getvalue()) < 1 << 20
     start = time.monotonic()
-    with pytest.raises(TooLarge, match="3600 s"):
+    with pytest.raises(TooLarge, match="1800 s"):
         decode_audio(out.getvalue(), 16_000, LIMITS)
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 1.0
 
 
 def test_a_header_that_promises_what_is_not_there_costs_nothing() -> None:
     start = time.monotonic()
     with pytest.raises((BadMedia, TooLarge)):
         decode_audio(wav_header(16_000, 1, 0x7FFF_FFF0), 16_000, LIMITS)
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 1.0
 
 
 @pytest.mark.parametrize(

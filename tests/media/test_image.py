@@ -94,7 +94,7 @@ def test_a_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
     start = time.monotonic()
     with pytest.raises(TooLarge):
         decode_image(png_header(*size, zlib.compress(bytes(1 << 20))), LIMITS)
-    assert time.monotonic() - start < 0.5
+    assert time.monotonic() - start < 2.0
 
 
 def test_a_gif_whose_frame_is_larger_than_its_screen_counts_by_its_frame() -> None:

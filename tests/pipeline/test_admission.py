@@ -2,7 +2,7 @@
 
 import pytest
 
-from encode_server.errors import TooBusy
+from encode_server.errors import TooBusy, TooLarge
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.telemetry.metrics import Metrics
 
@@ -87,3 +87,15 @@ def test_a_client_that_fills_the_server_gives_way_to_one_that_was_refused():
     with pytest.raises(TooBusy, match="share"):
         enter(gate, "greedy")
     leave(enter(gate, "patient"))
+
+
+def test_what_is_fetched_is_bounded_too():
+    gate = admission(nbytes=1000)
+    with gate.admit("a", 10) as first, gate.admit("b", 10) as second:
+        first.weigh(nbytes=700)
+        with pytest.raises(TooBusy, match="media"):
+            second.weigh(nbytes=700)
+        with pytest.raises(TooLarge):
+            first.weigh(nbytes=700)
+        assert gate.bytes == 720
+    assert gate.bytes == 0

@@ -58,7 +58,7 @@ def test_one_that_is_down_holds_back_neither_the_others_nor_the_end():
             await until(lambda: bootstrap.urls == ["https://[::1]:1"])
             started = time.monotonic()
             await announcer.aclose()
-            assert time.monotonic() - started < 1 and not bootstrap.urls
+            assert time.monotonic() - started < 4 and not bootstrap.urls
 
     asyncio.run(scenario())
 
