@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
+ON_A_CPU = 8  # batches at once, at most: beyond that Python's own part of a forward, one thread at a time, counts
 ON_A_GPU = 2  # batches at once: while one computes, the other is copied in and out
 
 
@@ -198,7 +199,7 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
     )
     info = encoder.info
     if command.world == 1:
-        at_once = command.threads if device == "cpu" else ON_A_GPU
+        at_once = min(command.threads, ON_A_CPU) if device == "cpu" else ON_A_GPU
         small = SMALL_BATCH if device == "cpu" and at_once > 1 else None
         info = msgspec.structs.replace(info, at_once=at_once, batch_cost=small)
     return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), info
