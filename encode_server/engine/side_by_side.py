@@ -12,7 +12,7 @@ from threading import Lock
 class SideBySide:
     """Runs `count` jobs at once; those that run share the `cores`. `prepare` is called first in each thread.
 
-    On a CPU, with as many jobs as cores: threads that share one matrix product wait for each other at its end, dozens of
+    On a CPU, a job per core: threads that share one matrix product wait for each other at its end, dozens of
     times per layer, so whoever takes one core for a moment holds up all of them. Side by side they need not: on 2 cores
     1.3 times the throughput. A job that is alone has all cores.
 
