@@ -8,7 +8,7 @@ import socket
 from collections.abc import Sequence
 
 from encode_server.errors import BadRequest, DeliveryFailed, Forbidden, StartupError
-from encode_server.media.addresses import is_private, parse_address
+from encode_server.media.addresses import is_metadata, is_private, parse_address
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -53,4 +53,7 @@ class DestinationPolicy:
         ip = parse_address(address.partition("%")[0])
         if host.lower().rstrip(".") in self._names or any(ip in network for network in self._networks):
             return True
-        return is_private(ip)
+        if is_metadata(ip) or ip.is_link_local or ip.is_multicast or ip.is_unspecified:
+            return False
+        # The standard library's wider notion: networks of documentation and benchmarks are used inside as well.
+        return ip.is_private or ip.is_loopback or is_private(ip)

@@ -55,9 +55,12 @@ def is_public(address: Address) -> bool:
 
 def is_private(address: Address) -> bool:
     """True for loopback, private and carrier-grade NAT addresses; False for link-local and metadata addresses."""
-    if any(address in network for network in _METADATA_NETWORKS):
-        return False
-    return any(address in network for network in _PRIVATE_NETWORKS)
+    return not is_metadata(address) and any(address in network for network in _PRIVATE_NETWORKS)
+
+
+def is_metadata(address: Address) -> bool:
+    """True for a cloud's metadata service at an address that looks private."""
+    return any(address in network for network in _METADATA_NETWORKS)
 
 
 def looks_numeric(host: str) -> bool:
