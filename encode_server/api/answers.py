@@ -42,7 +42,7 @@ class LargeAnswer(Response):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             size = len(self.body)
             for start in range(0, size, PIECE):
-                piece = bytes(self.body[start : start + PIECE])
+                piece = self.body[start : start + PIECE]
                 try:
                     async with asyncio.timeout(self._limit_s):
                         await send({"type": "http.response.body", "body": piece, "more_body": start + PIECE < size})

@@ -12,9 +12,9 @@ from threading import Lock
 class SideBySide:
     """Runs `count` jobs at once; those that run share the `cores`. `prepare` is called first in each thread.
 
-    On a CPU, a job per core: threads that share one matrix product wait for each other at its end, dozens of
-    times per layer, so whoever takes one core for a moment holds up all of them. Side by side they need not: on 2 cores
-    1.3 times the throughput. A job that is alone has all cores.
+    On a CPU, a job per core: threads that share one matrix product wait for each other at its end, dozens of times per
+    layer, so whoever takes one core for a moment holds up all of them. Side by side they need not: on 2 cores 1.3 times
+    the throughput. A job that is alone has all cores.
 
     On a GPU, with two jobs: one copies in and out while the other computes.
     """

@@ -52,8 +52,8 @@ class WebFetcher:
         """`resolve`, `ssl_context` and `network` replace the system's name resolution, certificates and sockets."""
         self._policy = policy
         self._limits = limits
-        # Its own threads: a name server that doesn't answer must hold up neither decodes nor deliveries.
         self._places = asyncio.Semaphore(MAX_FETCHES)
+        # Its own threads: a name server that doesn't answer must hold up neither decodes nor deliveries.
         self._resolving = ThreadPoolExecutor(8, thread_name_prefix="resolve")
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),

@@ -66,9 +66,8 @@ class Admission:
         """Hold one place. Raises TooBusy, with `Retry-After` from the rate at which requests have been ending."""
         self._check(client, declared_bytes)
         ticket = Ticket(self, client)
-        ticket.count(
-            nbytes=declared_bytes, tokens=0
-        )  # held from now on: many that begin at once must not all find room
+        # Held from now on: many that begin at once must not all find room.
+        ticket.count(nbytes=declared_bytes, tokens=0)
         self._clients[client] += 1
         self._enter(1)
         try:
