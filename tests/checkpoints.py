@@ -108,6 +108,15 @@ def _qwen2_5_vl(directory: Path) -> None:
     _save(Qwen2_5_VLForConditionalGeneration(config), directory, _qwen_processors())
 
 
+def _wide(directory: Path) -> None:
+    """Qwen2.5-VL with weights large enough that a CPU packs them."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = _qwen2_5_vision() | {"hidden_size": 256, "intermediate_size": 512}
+    config = Qwen2_5_VLConfig(text_config=_text(**_MROPE), vision_config=vision)
+    _save(Qwen2_5_VLForConditionalGeneration(config), directory, _qwen_processors())
+
+
 def _qwen3_vl(directory: Path) -> None:
     from transformers import (
         Qwen2VLImageProcessor,
@@ -281,6 +290,7 @@ def _small_text() -> dict[str, Any]:
 BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
+    "qwen2_5_vl_wide": _wide,
     "qwen3_vl": _qwen3_vl,
     "qwen2_5_omni_thinker": _thinker,
     "qwen2_5_omni": _omni,

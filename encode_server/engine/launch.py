@@ -20,6 +20,10 @@ def spawn_rank(socket: Path, rank: int, *, fds: tuple[int, ...], threads: int) -
         # forward that is alone most of its sleeps, which cost it a quarter of its time.
         "OMP_WAIT_POLICY": "passive",
         "GOMP_SPINCOUNT": "10000",
+        # oneDNN keeps half a megabyte of code for each number of rows it ever multiplied, 1024 of them by default,
+        # and torch's wrapper of it as many again.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        "LRU_CACHE_CAPACITY": "128",
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",

@@ -16,6 +16,7 @@ from encode_server.models.attention import use_segment_attention
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
+from encode_server.models.linear import pack_linears, replace_patch_convolutions
 from encode_server.models.parallel import shard
 from encode_server.models.registry import check_tp, summarize
 from encode_server.models.weights import load_model, quiet
@@ -63,6 +64,7 @@ def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: in
     )
     shard(model, family.plan, rank=rank, world=world)
     use_segment_attention(model)
+    replace_patch_convolutions(model)
     target = torch.device(device)
     model = model.to(target)
     info = EncoderInfo(
@@ -72,4 +74,6 @@ def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: in
         device=device,
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
     )
+    if target.type == "cpu":
+        pack_linears(model)
     return Encoder(family, model, target, info)

@@ -14,7 +14,6 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from encode_server.errors import StartupError
 
@@ -44,12 +43,13 @@ class RowParallelLinear(nn.Module):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """`weight`: [out, part of in]. `bias`: [out], the whole of it, on every rank."""
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.partial = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.partial.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., part of in] → [..., out], the same on every rank."""
-        output = functional.linear(hidden, self.weight)
+        output: torch.Tensor = self.partial(hidden)
         dist.all_reduce(output)
         return output if self.bias is None else output + self.bias
 

@@ -18,7 +18,7 @@ from tests.models import samples
 from tests.models.reference import Reference, video_inputs
 
 TOLERANCE = 1e-4
-SEEING = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2_5_omni_thinker"]
+SEEING = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_wide", "qwen3_vl", "qwen2_5_omni_thinker"]
 STILL = ["siglip", "siglip_vision_model", "clip", "clip_vision_model", "dinov2"]
 HEARING = ["qwen2_5_omni_thinker", "qwen2_audio", "whisper"]
 SIZES = [(300, 420), (32, 32), (97, 333), (250, 250)]

@@ -24,6 +24,7 @@ from tests.models.ranks import Jobs, encode_with_ranks
 ALL = [
     "qwen2_vl",
     "qwen2_5_vl",
+    "qwen2_5_vl_wide",
     "qwen3_vl",
     "qwen2_5_omni_thinker",
     "qwen2_audio",
