@@ -132,7 +132,8 @@ class TransformersFloor(Floor):
         if not hasattr(self._model, "get_audio_features"):
             base = getattr(self._model, "model", self._model)
             tower = getattr(base, "audio_tower", None) or base.encoder
-            return lambda: _rows(tower(features).last_hidden_state)
+            project = getattr(base, "multi_modal_projector", lambda hidden: hidden)
+            return lambda: _rows(project(tower(features).last_hidden_state))
         return lambda: _rows(self._model.get_audio_features(features, feature_attention_mask=mask).last_hidden_state)
 
 
@@ -184,6 +185,8 @@ class OurFloor(Floor):
                 parts.put(error)
 
         starts = range(0, len(items), share)
+        if len(starts) == 1:
+            return sum(len(embedding) for embedding in self._encoder.forward(modality, items))
         for start in starts:
             self._threads.submit(partial(encode, items[start : start + share]))
         total = 0
