@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import logging
 
 import msgspec
+import pybase64
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -61,7 +61,7 @@ def json_answer(req_id: str, encoded: Encoded) -> bytes:
             dtype=encoded.dtype,
             shape=encoded.shape,
             items=[item.info for item in encoded.items],
-            embedding=base64.b64encode(encoded.contiguous()).decode("ascii"),
+            embedding=pybase64.b64encode_as_string(encoded.contiguous()),
         )
     )
 

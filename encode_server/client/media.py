@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from binascii import b2a_base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import pybase64
 
 IN_PLACE_BYTES = 64 * 1024
 # A multiple of 3, so that the pieces' base64 joins without padding between them.
@@ -77,5 +77,5 @@ async def _source_json(media: str | bytes | Path) -> list[bytes]:
 def _base64_json(data: bytes) -> list[bytes]:
     # In pieces: one call for all of it would keep the GIL from the loop.
     view = memoryview(data).cast("B")
-    pieces = [b2a_base64(view[i : i + PIECE_BYTES], newline=False) for i in range(0, len(view), PIECE_BYTES)]
+    pieces = [pybase64.b64encode(view[i : i + PIECE_BYTES]) for i in range(0, len(view), PIECE_BYTES)]
     return [b'"', *pieces, b'"']
