@@ -22,7 +22,7 @@ from encode_server.delivery.sglang import SGLangPush
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, Forbidden, NotReady
 from encode_server.modality import Modality
 from encode_server.pipeline.admission import Ticket
-from encode_server.pipeline.pools import run_to_end
+from encode_server.pipeline.pools import copy
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
 from encode_server.server import Server
 from encode_server.telemetry.logs import log_request
@@ -197,7 +197,7 @@ class EncodeCall:
     async def _respond(self, request: EncodeRequest, encoded: Encoded) -> Response:
         binary = answers.OCTETS in self._http.headers.get("accept", "")
         build = answers.safetensors_answer if binary else answers.json_answer
-        content = await run_to_end(self._server.pools.send, build, request.req_id, encoded)
+        content = await copy(self._server.pools.send, encoded.nbytes, build, request.req_id, encoded)
         kind = answers.OCTETS if binary else answers.JSON
         if len(content) <= answers.PIECE:
             return Response(content, media_type=kind)

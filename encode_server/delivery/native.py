@@ -9,7 +9,7 @@ from encode_server.delivery.base import Part
 from encode_server.delivery.frames import EmbeddingHeader, ErrorInfo, encode_header
 from encode_server.delivery.push import Pusher
 from encode_server.errors import EncodeError
-from encode_server.pipeline.pools import run_to_end
+from encode_server.pipeline.pools import copy
 from encode_server.pipeline.request import Encoded
 
 
@@ -23,7 +23,7 @@ class NativePush:
         """See `Delivery`."""
         items = [item.info for item in encoded.items]
         header = _header(part, dtype=encoded.dtype, shape=encoded.shape, items=items)
-        data = await run_to_end(self._pool, encoded.contiguous)
+        data = await copy(self._pool, encoded.nbytes, encoded.contiguous)
         await self._pusher.push(self._endpoint, [encode_header(header), data])
 
     async def fail(self, part: Part, error: EncodeError) -> None:

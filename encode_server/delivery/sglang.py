@@ -12,7 +12,7 @@ from encode_server.delivery.push import Pusher
 from encode_server.delivery.registrations import Registration, Registrations
 from encode_server.delivery.sglang_frames import SGLangFrames
 from encode_server.errors import DeadlineExceeded, EncodeError
-from encode_server.pipeline.pools import run_to_end
+from encode_server.pipeline.pools import copy
 from encode_server.pipeline.request import Encoded
 
 
@@ -27,7 +27,9 @@ class SGLangPush:
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
         """See `Delivery`. Raises DeadlineExceeded when a destination does not come in time."""
-        header, data = await run_to_end(self._pool, lambda: (self._frames.header(part, encoded), encoded.contiguous()))
+        header, data = await copy(
+            self._pool, encoded.nbytes, lambda: (self._frames.header(part, encoded), encoded.contiguous())
+        )
         pushes: list[asyncio.Task[None]] = []
         try:
             try:

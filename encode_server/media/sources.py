@@ -17,7 +17,7 @@ from encode_server.media.policy import UrlPolicy
 from encode_server.media.web import Resolver, WebFetcher
 
 # Characters that the loop decodes in well under a millisecond, sooner than a busy pool gets to them.
-_SMALL = 1 << 15
+_SMALL = 1 << 17
 
 
 class MediaSource:

@@ -21,7 +21,7 @@ from encode_server.media.sources import MediaSource
 from encode_server.modality import Modality
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
-from encode_server.pipeline.pools import Pools, run, run_to_end
+from encode_server.pipeline.pools import Pools, copy, run
 from encode_server.pipeline.request import Encoded, EncodedItem, EncodeRequest, MediaItem
 from encode_server.pipeline.work import Placement, room_for
 from encode_server.telemetry.metrics import Metrics
@@ -119,7 +119,7 @@ class Pipeline:
             await placement.finished
             # To the heap at once: a slow or late destination must not hold room that the next batch needs.
             pool = self._pools.urgent if request.urgent else self._pools.send
-            embedding = await run_to_end(pool, placement.copy_embedding)
+            embedding = await copy(pool, placement.nbytes, placement.copy_embedding)
         finally:
             placement.release()
         clock.note("queue", placement.queue_s)
@@ -151,13 +151,14 @@ class Pipeline:
         info = await self._ready()
         dim = info.dims[request.modality]
         pieces = self._preprocessor.split(prepared, self._batcher.budget(request.modality))
-        slots = await self._arena.acquire(room_for(pieces, dim, info.dtype), urgent=request.urgent)
+        room = room_for(pieces, dim, info.dtype)
+        slots = await self._arena.acquire(room, urgent=request.urgent)
         placement = Placement(
             self._arena, request.modality, request.deadline, slots, client=request.client, urgent=request.urgent
         )
         try:
             pool = self._pools.urgent if request.urgent else self._pools.preproc
-            await run_to_end(pool, placement.fill, pieces, dim, info.dtype)
+            await copy(pool, room[0], placement.fill, pieces, dim, info.dtype)
         except BaseException:
             placement.release()
             raise

@@ -85,10 +85,10 @@ class Placement:
         self._input, self._output = slots[0], slots[1]
         self._held = list(slots)
         self._placed_at = time.monotonic()
-        self._size = 0
+        self.nbytes = 0  # of the embedding
 
     def fill(self, pieces: Sequence[Prepared], dim: int, dtype: str) -> None:
-        """Copy the pieces' tensors in, and lay out their work. Large copies: call it in a worker thread."""
+        """Copy the pieces' tensors in, and lay out their work. Large copies belong in a worker thread."""
         source, target = self._input.offset, self._output.offset
         for piece in pieces:
             inputs = []
@@ -98,11 +98,11 @@ class Placement:
             output = TensorRef("embedding", dtype, (piece.tokens, dim), target)
             target += embedding_bytes(piece.tokens, dim, dtype)
             self.works.append(Work(self, ItemRef(tuple(inputs), output), piece.cost))
-        self._size = target - self._output.offset
+        self.nbytes = target - self._output.offset
 
     def copy_embedding(self) -> memoryview:
-        """The embedding's bytes, row-major, little-endian, on the heap. Call it in a worker thread."""
-        return np.frombuffer(self._arena.view(self._output.offset, self._size), np.uint8).copy().data
+        """The embedding's bytes, row-major, little-endian, on the heap."""
+        return np.frombuffer(self._arena.view(self._output.offset, self.nbytes), np.uint8).copy().data
 
     def release(self) -> None:
         """Give everything back, now or when the ranks are done with it. May be called again."""
