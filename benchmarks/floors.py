@@ -25,7 +25,6 @@ from encode_server.engine.rank import SMALL_BATCH
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError
 from encode_server.media.audio import decode_audio
-from encode_server.media.image import decode_image
 from encode_server.media.limits import MediaLimits
 from encode_server.media.video import decode_video
 from encode_server.modality import Modality
@@ -159,8 +158,7 @@ class OurFloor(Floor):
     def bare(self, what: str, seconds: float) -> dict[str, float]:
         """One item at a time through decoding, preprocessing, copying in, the forward and copying out.
 
-        Medians of wall time and means of CPU time of all threads, in seconds by stage. Of video and audio, decoding is
-        a part of `preprocess`.
+        Medians of wall time and means of CPU time of all threads, in seconds by stage.
         """
         media = itertools.cycle(pool(what))
         walls: dict[str, list[float]] = {}
@@ -199,16 +197,8 @@ class OurFloor(Floor):
     def _bare_once(self, medium: UniqueMedia, walls: dict[str, list[float]], cpus: dict[str, list[float]]) -> float:
         data = medium.copy()
         clock = _Clock(walls, cpus)
-        decode = 0.0
-        if medium.modality is Modality.IMAGE:
-            decode_image(data, MediaLimits())
-            decode = clock.lap("decode")
-        prepared = self._preprocessor.prepare(medium.modality, data)
+        prepared = self._preprocessor.prepare(medium.modality, data, None, lambda: clock.lap("decode"))
         clock.lap("preprocess")
-        if decode:
-            # `prepare` decodes again; what is left is preprocessing.
-            walls.get("preprocess", [0.0])[-1] -= walls.get("decode", [0.0])[-1]
-            cpus.get("preprocess", [0.0])[-1] -= cpus.get("decode", [0.0])[-1]
         inputs = {name: tensor.clone() for name, tensor in prepared.tensors.items()}
         clock.lap("copy")
         embedding = self._encoder.forward(medium.modality, [inputs])[0]
@@ -216,7 +206,7 @@ class OurFloor(Floor):
         clock.lap("forward")
         embedding.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         clock.lap("deliver")
-        return clock.total - decode
+        return clock.total
 
     def _ready(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device, but for small ones: a rank reads grids and lengths on the CPU."""
@@ -229,13 +219,11 @@ class _Clock:
         self._begin = self._wall = time.perf_counter()
         self._cpu = time.process_time()
 
-    def lap(self, stage: str) -> float:
+    def lap(self, stage: str) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
-        elapsed = wall - self._wall
-        self._walls.setdefault(stage, []).append(elapsed)
+        self._walls.setdefault(stage, []).append(wall - self._wall)
         self._cpus.setdefault(stage, []).append(cpu - self._cpu)
         self._wall, self._cpu = time.perf_counter(), time.process_time()
-        return elapsed
 
     @property
     def total(self) -> float:

@@ -51,7 +51,20 @@ def measure_ours(
     """As `measure`, with what our server's own metrics say of the same time."""
     before = server.look()
     document = measure(server, requests, load, on_progress)
-    return document | {"metrics": summary(server.look().since(before), document["answered"])}
+    happened = server.look().since(before)
+    cpu = stage_cpu(happened, document["answered"], document["cpu_s_per_item"])
+    return document | {"metrics": summary(happened, document["answered"]), "stage_cpu_s": cpu}
+
+
+def stage_cpu(happened: Look, answered: int, processes: dict[str, float]) -> dict[str, float]:
+    """CPU seconds per item by stage. `forward`: all of the ranks'. `fetch`: what else the front used, HTTP and ZMQ."""
+    items = max(1, answered)
+    stages = {
+        stage: happened.total("encode_stage_cpu_seconds_total", stage=stage) / items
+        for stage in happened.labels("encode_stage_cpu_seconds_total", "stage")
+    }
+    rest = processes["loop"] + processes["pool"] - sum(stages.values())
+    return stages | {"fetch": max(0.0, rest), "forward": processes["ranks"]}
 
 
 def summary(happened: Look, answered: int) -> dict[str, Any]:

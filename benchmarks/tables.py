@@ -80,7 +80,11 @@ def costs(what: str, measured: dict[str, Any]) -> Group:
         batch = statistics.fmean(slot["metrics"]["items_per_batch"] for slot in slots)
         cpu.add_row(str(concurrency), *(f"{mean * 1e3:.2f}" for mean in (*means, client)), f"{batch:.1f}")
 
-    stages = Table(title=f"{title(what)}: ms per item by stage", min_width=100)
+    stages = Table(
+        title=f"{title(what)}: ms per item by stage",
+        caption="the service's CPU: forward is all of the ranks', fetch all else in the front, HTTP and ZMQ too",
+        min_width=100,
+    )
     names = sorted({stage for slot in measured["ours"] for stage in slot["metrics"]["stage_wall_s"]})
     columns = [*STAGES, *(name for name in names if name not in STAGES)]
     for column in ("", *columns):
@@ -89,6 +93,8 @@ def costs(what: str, measured: dict[str, Any]) -> Group:
     for kind, suffix in (("bare, CPU", "_cpu_s"), ("bare, wall", "_s")):
         stages.add_row(kind, *(_ms(bare.get(stage + suffix)) for stage in columns))
     for concurrency, slots in by_concurrency(measured["ours"]).items():
+        cpu_means = [_mean(slot["stage_cpu_s"].get(stage) for slot in slots) for stage in columns]
+        stages.add_row(f"service at {concurrency}, CPU", *map(_ms, cpu_means))
         stage_means = [_mean(slot["metrics"]["stage_wall_s"].get(stage) for slot in slots) for stage in columns]
         stages.add_row(f"service at {concurrency}, wall", *map(_ms, stage_means))
 

@@ -25,6 +25,7 @@ from encode_server.pipeline.admission import Ticket
 from encode_server.pipeline.pools import copy
 from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
 from encode_server.server import Server
+from encode_server.telemetry.cpu import counted
 from encode_server.telemetry.logs import log_request
 
 log = logging.getLogger(__name__)
@@ -197,6 +198,7 @@ class EncodeCall:
     async def _respond(self, request: EncodeRequest, encoded: Encoded) -> Response:
         binary = answers.OCTETS in self._http.headers.get("accept", "")
         build = answers.safetensors_answer if binary else answers.json_answer
+        build = counted(self._server.metrics, "deliver", build)
         content = await copy(self._server.pools.send, encoded.nbytes, build, request.req_id, encoded)
         kind = answers.OCTETS if binary else answers.JSON
         if len(content) <= answers.PIECE:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from encode_server.errors import BadMedia, BadRequest, StartupError, TooLarge, UnsupportedModality
@@ -37,8 +37,14 @@ class Preprocessor:
         self._limits, self._max_patches = limits, max_patches
         self._processors = {modality: _load_processor(checkpoint, modality) for modality in sorted(self.modalities)}
 
-    def prepare(self, modality: Modality, data: bytes, options: ItemOptions | None = None) -> Prepared:
-        """Preprocess one item from its encoded bytes.
+    def prepare(
+        self,
+        modality: Modality,
+        data: bytes,
+        options: ItemOptions | None = None,
+        on_decoded: Callable[[], None] = lambda: None,
+    ) -> Prepared:
+        """Preprocess one item from its encoded bytes; `on_decoded` is called between decoding and the processor.
 
         Raises:
             UnsupportedModality: the model has no encoder for it.
@@ -52,8 +58,10 @@ class Preprocessor:
         options = options or ItemOptions()
         _check(options)
         if modality is Modality.IMAGE:
-            return self._image(data, options)
-        return self._video(data, options) if modality is Modality.VIDEO else self._audio(data)
+            return self._image(data, options, on_decoded)
+        if modality is Modality.VIDEO:
+            return self._video(data, options, on_decoded)
+        return self._audio(data, on_decoded)
 
     def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
         """Pieces of a large item that can be encoded apart, see `Family.split`."""
@@ -63,10 +71,11 @@ class Preprocessor:
         """Tiny valid media for a health probe (`probes.probe_media`); every family makes at least one token of it."""
         return probe_media(modality)
 
-    def _image(self, data: bytes, options: ItemOptions) -> Prepared:
+    def _image(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
         from encode_server.media.image import decode_image
 
         image = decode_image(data, self._limits)
+        on_decoded()
         processor = self._processors[Modality.IMAGE]
         sizing = self._sizing(processor, options)
         self._check_enlarged(processor, options, 1)
@@ -75,17 +84,18 @@ class Preprocessor:
         except ValueError as error:
             raise BadMedia(f"the image cannot be preprocessed: {_line(error)}") from error
 
-    def _audio(self, data: bytes) -> Prepared:
+    def _audio(self, data: bytes, on_decoded: Callable[[], None]) -> Prepared:
         from encode_server.media.audio import decode_audio
 
         extractor = self._processors[Modality.AUDIO]
         samples = decode_audio(data, int(extractor.sampling_rate), self._limits)
+        on_decoded()
         try:
             return self._family.prepare_audio(extractor, samples)
         except ValueError as error:
             raise BadMedia(f"the audio cannot be preprocessed: {_line(error)}") from error
 
-    def _video(self, data: bytes, options: ItemOptions) -> Prepared:
+    def _video(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
         from transformers.video_utils import VideoMetadata
 
         from encode_server.media.video import decode_video
@@ -111,6 +121,7 @@ class Preprocessor:
             return indices
 
         frames, _ = decode_video(data, choose, self._limits)
+        on_decoded()
         try:
             return self._family.prepare_video(processor, frames, metadata, sizing)
         except ValueError as error:

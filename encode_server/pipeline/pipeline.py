@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import msgspec
 
@@ -24,12 +25,15 @@ from encode_server.pipeline.cache import CacheKey, EmbeddingCache
 from encode_server.pipeline.pools import Pools, copy, run
 from encode_server.pipeline.request import Encoded, EncodedItem, EncodeRequest, MediaItem
 from encode_server.pipeline.work import Placement, room_for
+from encode_server.telemetry.cpu import CpuClock, counted
 from encode_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from encode_server.models.prepared import Prepared
+    from encode_server.models.prepared import ItemOptions, Prepared
     from encode_server.models.preprocess import Preprocessor
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LONG_MEDIA = 8 << 20  # bytes from which an item counts as a long job
 SMALL_MEDIA = 64 << 10  # bytes hashed on the loop, in less time than a change of threads
@@ -119,7 +123,7 @@ class Pipeline:
             await placement.finished
             # To the heap at once: a slow or late destination must not hold room that the next batch needs.
             pool = self._pools.urgent if request.urgent else self._pools.send
-            embedding = await copy(pool, placement.nbytes, placement.copy_embedding)
+            embedding = await copy(pool, placement.nbytes, self._copying(placement.copy_embedding))
         finally:
             placement.release()
         clock.note("queue", placement.queue_s)
@@ -129,16 +133,24 @@ class Pipeline:
 
     async def _prepare(self, request: EncodeRequest, item: MediaItem, data: bytes) -> Prepared:
         """Decode and preprocess. Long jobs never take all threads, so that a picture need not wait for a film."""
+        arguments = (request.modality, data, item.options)
         if request.urgent:
-            return await run(self._pools.urgent, self._preprocessor.prepare, request.modality, data, item.options)
+            return await run(self._pools.urgent, self._preprocessor.prepare, *arguments)
         long = request.modality is Modality.VIDEO or len(data) > LONG_MEDIA
         async with self._long_jobs if long else contextlib.nullcontext():
-            prepared = await run(self._pools.preproc, self._preprocessor.prepare, request.modality, data, item.options)
+            prepared = await run(self._pools.preproc, self._prepare_counted, *arguments)
         self._metrics.preprocessed.labels(request.modality).inc()
         if prepared.cost > self._max_item_tokens:
             raise TooLarge(f"it has {prepared.cost} patches or frames, at most {self._max_item_tokens} are encoded")
         request.weigh(tokens=prepared.cost)
         return prepared
+
+    def _prepare_counted(self, modality: Modality, data: bytes, options: ItemOptions) -> Prepared:
+        with CpuClock(self._metrics, "preprocess") as cpu:
+            return self._preprocessor.prepare(modality, data, options, lambda: cpu.lap("decode"))
+
+    def _copying(self, function: Callable[P, T]) -> Callable[P, T]:
+        return counted(self._metrics, "copy", function)
 
     async def _ready(self) -> EncoderInfo:
         try:
@@ -158,7 +170,7 @@ class Pipeline:
         )
         try:
             pool = self._pools.urgent if request.urgent else self._pools.preproc
-            await copy(pool, room[0], placement.fill, pieces, dim, info.dtype)
+            await copy(pool, room[0], self._copying(placement.fill), pieces, dim, info.dtype)
         except BaseException:
             placement.release()
             raise

@@ -23,6 +23,12 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=self.registry,
         )
+        self.stage_cpu = Counter(
+            "encode_stage_cpu_seconds",
+            "Processor time of the front's threads that work on an item or request, by stage",
+            ["stage"],
+            registry=self.registry,
+        )
         self.items = Counter("encode_items", "Media items by modality", ["modality"], registry=self.registry)
         self.preprocessed = Counter(
             "encode_preprocessed_items", "Items decoded and preprocessed", ["modality"], registry=self.registry

@@ -50,6 +50,9 @@ def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys):
         assert slot["metrics"]["preprocessed_per_item"] == pytest.approx(1, abs=0.2)
         assert slot["cpu_s_per_item"]["ranks"] > 0
         assert slot["cpu_s_per_item"]["loop"] > 0
+        stages = slot["stage_cpu_s"]
+        assert set(stages) == {"fetch", "decode", "preprocess", "copy", "forward", "deliver"}
+        assert all(seconds > 0 for seconds in stages.values())
     assert {"decode_s", "preprocess_s", "forward_s", "total_s"} <= set(measured["bare"])
     assert picture.read_text().lstrip().startswith("<?xml")
     printed = capsys.readouterr().out
