@@ -136,7 +136,6 @@ def compare(plan: Plan, what: str, show: Any) -> dict[str, Any]:
         measured: dict[str, Any] = {"best": best, "floors": [], "ours": []}
         if "error" in best["ours"]:
             raise StartupError(f"{what}: {best['ours']['error']}")
-        bare = floors["ours"].do("bare", what=what, seconds=plan.seconds / 2)
         ours = stack.enter_context(server(plan.command))
         source = requests([what])
         measured["floors"].append(_floors(plan, floors, best, what))
@@ -144,11 +143,20 @@ def compare(plan: Plan, what: str, show: Any) -> dict[str, Any]:
             for concurrency in plan.concurrency:
                 load = plan.load(concurrency, best["ours"]["items_per_s"])
                 on_progress: Progress = show(f"{what}: service, {concurrency} at a time, round {turn + 1}")
+                bares = [_bare(plan, floors, what)] if concurrency == 1 else []
                 slot = measure_ours(ours, source, load, on_progress)
+                if bares:
+                    bares.append(_bare(plan, floors, what))
+                if bares and not any("error" in bare for bare in bares):
+                    slot["bare"] = {name: statistics.fmean(bare[name] for bare in bares) for name in bares[0]}
                 measured["floors"].append(_floors(plan, floors, best, what))
                 measured["ours"].append(slot | {"concurrency": concurrency} | _ratios(slot, measured["floors"][-2:]))
-        measured["bare"] = bare
     return measured
+
+
+def _bare(plan: Plan, floors: dict[str, FloorProcess], what: str) -> dict[str, float]:
+    """One item at a time with nothing around it, now."""
+    return floors["ours"].do("bare", what=what, seconds=plan.seconds / 4)
 
 
 def _floors(

@@ -89,22 +89,22 @@ def costs(what: str, measured: dict[str, Any]) -> Group:
     columns = [*STAGES, *(name for name in names if name not in STAGES)]
     for column in ("", *columns):
         stages.add_column(column, justify="left" if not column else "right")
-    bare = measured["bare"]
-    for kind, suffix in (("bare, CPU", "_cpu_s"), ("bare, wall", "_s")):
-        stages.add_row(kind, *(_ms(bare.get(stage + suffix)) for stage in columns))
+    alone = [slot for slot in measured["ours"] if "bare" in slot]
+    for kind, suffix in (("bare, CPU", "_cpu_s"), ("bare, wall", "_s")) if alone else ():
+        stages.add_row(kind, *(_ms(_mean(slot["bare"].get(stage + suffix) for slot in alone)) for stage in columns))
     for concurrency, slots in by_concurrency(measured["ours"]).items():
         cpu_means = [_mean(slot["stage_cpu_s"].get(stage) for slot in slots) for stage in columns]
         stages.add_row(f"service at {concurrency}, CPU", *map(_ms, cpu_means))
         stage_means = [_mean(slot["metrics"]["stage_wall_s"].get(stage) for slot in slots) for stage in columns]
         stages.add_row(f"service at {concurrency}, wall", *map(_ms, stage_means))
 
-    alone = [slot["latency_s"]["p50"] for slot in measured["ours"] if slot["concurrency"] == 1]
     latency = ""
-    if alone and "total_s" in bare:
-        added = (statistics.fmean(alone) - bare["total_s"]) * 1e3
+    if alone:
+        took, bare = ([seconds * 1e3 for seconds in seen] for seen in zip(*map(_alone, alone), strict=True))
+        added = [one - other for one, other in zip(took, bare, strict=True)]
         latency = (
-            f"One at a time: p50 {spread([seconds * 1e3 for seconds in alone])} ms; decode, preprocess and forward "
-            f"bare: {bare['total_s'] * 1e3:.1f} ms; the service adds {added:.1f} ms."
+            f"One at a time: p50 {spread(took)} ms; decode, preprocess and forward bare, just before and after: "
+            f"{spread(bare)} ms; the service adds {spread(added)} ms."
         )
     return Group(cpu, stages, latency)
 
@@ -156,6 +156,11 @@ def _slot(slots: list[dict[str, Any]]) -> list[str]:
         f"{statistics.fmean(slot['tokens_per_s'] for slot in slots):.0f}",
         *(spread([slot["latency_s"][name] * 1e3 for slot in slots]) for name in ("p50", "p99")),
     ]
+
+
+def _alone(slot: dict[str, Any]) -> tuple[float, float]:
+    """Median seconds in the service, one at a time, and bare."""
+    return slot["latency_s"]["p50"], slot["bare"]["total_s"]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -16,6 +16,7 @@ from encode_server.engine.messages import Done
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import DeadlineExceeded, EncodeFailed, NotReady
 from encode_server.modality import Modality
+from encode_server.pipeline.cost import ForwardCost
 from encode_server.pipeline.fair_queue import FairQueue
 from encode_server.pipeline.work import Placement, Work
 from encode_server.telemetry.metrics import Metrics
@@ -33,7 +34,8 @@ class Batcher:
     def __init__(self, engine: Supervisor, budgets: Mapping[Modality, int], metrics: Metrics) -> None:
         self._engine, self._metrics = engine, metrics
         self._budgets = dict(budgets)
-        self._queue = FairQueue()
+        self._costs = {modality: ForwardCost() for modality in budgets}
+        self._queue = FairQueue(self._cost)
         self._retries: deque[list[Work]] = deque()  # batches to send as they are, each alone
         self._alone = False  # a batch of these is in flight
         self._wake = asyncio.Event()
@@ -137,7 +139,11 @@ class Batcher:
     def _needs_all_cores(self, batch: list[Work]) -> bool:
         """Whether it would take too long beside others, which leave each forward one core of many."""
         info = self._engine.info
-        return bool(info and info.batch_cost and sum(work.cost for work in batch) > LARGE * info.batch_cost)
+        return bool(info and info.batch_cost and sum(map(self._cost, batch)) > LARGE * info.batch_cost)
+
+    def _cost(self, work: Work) -> int:
+        """What it takes of a budget."""
+        return self._costs[work.placement.modality].of(work.cost, work.pairs)
 
     def _wanted(self, placement: Placement) -> bool:
         """Whether to forward it still; one whose caller has gone or whose time is up ends here."""
@@ -167,6 +173,8 @@ class Batcher:
     def _settle(self, batch: list[Work], dones: list[Done]) -> None:
         failed = next((done for done in dones if done.error), None)
         if failed is None:
+            patches, pairs = sum(work.cost for work in batch), sum(work.pairs for work in batch)
+            self._costs[batch[0].placement.modality].observe(patches, pairs, dones[0].forward_s)
             for work in batch:
                 work.complete(dones[0].forward_s)
             return
@@ -207,5 +215,5 @@ class Batcher:
 
     def _lower_budget(self, batch: list[Work]) -> None:
         modality = batch[0].placement.modality
-        self._budgets[modality] = max(1, min(self._budgets[modality], sum(work.cost for work in batch) // 2))
+        self._budgets[modality] = max(1, min(self._budgets[modality], sum(map(self._cost, batch)) // 2))
         log.warning("out of memory: %s batches are now at most %d tokens", modality, self._budgets[modality])

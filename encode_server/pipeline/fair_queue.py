@@ -18,7 +18,9 @@ class FairQueue:
     So neither a client with a thousand items nor one with a ten-minute video holds back another's picture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cost: Callable[[Work], int] = lambda work: work.cost) -> None:
+        """`cost`: what a piece takes of a batch's budget."""
+        self._cost = cost
         self._lanes: OrderedDict[_Lane, deque[_Entry]] = OrderedDict()  # in the order of their turns; none is empty
 
     def __len__(self) -> int:
@@ -48,9 +50,10 @@ class FairQueue:
                 if entry is None:
                     continue
                 placement, works = entry
-                if batch and total + works[0].cost > budgets[placement.modality]:
+                cost = self._cost(works[0])
+                if batch and total + cost > budgets[placement.modality]:
                     return batch
-                total += works[0].cost
+                total += cost
                 batch.append(works.popleft())
                 self._rotate(key)
                 served = True

@@ -34,11 +34,12 @@ class WorkState(StrEnum):
 
 @dataclass(eq=False)
 class Work:
-    """What goes into a batch: an item, or a piece of a large one. `cost` in encoder tokens."""
+    """What goes into a batch: an item, or a piece of a large one. `cost` and `pairs` as `Prepared` has them."""
 
     placement: Placement
     item: ItemRef
     cost: int
+    pairs: int
     state: WorkState = WorkState.QUEUED
     failures: int = 0  # how often the ranks were lost while they executed it
 
@@ -97,7 +98,7 @@ class Placement:
                 source += _aligned(_nbytes(tensor))
             output = TensorRef("embedding", dtype, (piece.tokens, dim), target)
             target += embedding_bytes(piece.tokens, dim, dtype)
-            self.works.append(Work(self, ItemRef(tuple(inputs), output), piece.cost))
+            self.works.append(Work(self, ItemRef(tuple(inputs), output), piece.cost, piece.pairs))
         self.nbytes = target - self._output.offset
 
     def copy_embedding(self) -> memoryview:

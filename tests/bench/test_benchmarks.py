@@ -53,7 +53,7 @@ def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys):
         stages = slot["stage_cpu_s"]
         assert set(stages) == {"fetch", "decode", "preprocess", "copy", "forward", "deliver"}
         assert all(seconds > 0 for seconds in stages.values())
-    assert {"decode_s", "preprocess_s", "forward_s", "total_s"} <= set(measured["bare"])
+    assert {"decode_s", "preprocess_s", "forward_s", "total_s"} <= set(measured["ours"][0]["bare"])
     assert picture.read_text().lstrip().startswith("<?xml")
     printed = capsys.readouterr().out
     assert "floor: transformers" in printed and "our floor" in printed and "ours" in printed

@@ -107,3 +107,11 @@ def test_every_piece_comes_out_once_whatever_arrives():
     while batch := take(queue):
         got += batch
     assert len(got) == len(put) and set(map(id, got)) == set(map(id, put))
+
+
+def test_the_budget_is_in_what_the_device_takes_for_them():
+    """Ten of cost 10 fill a batch; where each takes the time of 50, two do."""
+    queue = FairQueue(lambda work: 5 * work.cost)
+    for number in range(10):
+        queue.put(Item(str(number)).cut(10))
+    assert [len(take(queue)) for _ in range(5)] == [2] * 5

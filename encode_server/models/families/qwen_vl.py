@@ -73,6 +73,7 @@ class QwenVision(Family):
                     tensors=prepared.tensors | {"pixel_values": pixels, "grid_thw": torch.tensor((length, h, w))},
                     tokens=prepared.tokens // t * length,
                     cost=length * h * w,
+                    pairs=length * (h * w) ** 2,
                     grid_thw=(length, h, w),
                 )
             )
@@ -177,5 +178,6 @@ def _prepared(tensors: dict[str, torch.Tensor], grid_thw: torch.Tensor, processo
         tensors=tensors | {"grid_thw": grid_thw[0].to(torch.int64).contiguous()},
         tokens=t * h * w // int(processor.merge_size) ** 2,
         cost=t * h * w,
+        pairs=t * (h * w) ** 2,
         grid_thw=(t, h, w),
     )
