@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import mmap
 import os
 import queue
@@ -275,6 +276,7 @@ def main() -> int:
             return 0
         with _joined_group():
             worker, info = load(command, channel)
+            gc.freeze()  # what is loaded stays: a collection that walks through it would idle the device
             channel.send(m.Ready(args.rank, info))
             with _side_by_side(info, command.threads) as threads:
                 serve(channel, worker, Profiler(info.device), args.rank, threads)
