@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from encode_server.models.encoder import Encoder
 
 PR_SET_PDEATHSIG = 1
+NICE = 5  # of a rank on a CPU: the front, which shares its cores, needs them seldom, for moments, and at once
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
 ON_A_CPU = 8  # batches at once, at most: beyond that Python's own part of a forward, one thread at a time, counts
 ON_A_GPU = 2  # batches at once: while one computes, the other is copied in and out
@@ -177,7 +178,9 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
 
     torch.set_num_threads(command.threads)
     device = resolve_device(command.device, command.rank)
-    if device != "cpu":
+    if device == "cpu":
+        os.nice(NICE)
+    else:
         torch.cuda.set_device(device)
     if command.world > 1:
         progress("joining the group")
