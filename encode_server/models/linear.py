@@ -12,8 +12,8 @@ PACKED_FOR = 1024  # rows a weight is laid out for; products of more or fewer ro
 class PackedLinear(nn.Module):
     """A Linear on a CPU, its weight laid out by oneDNN once, when it is loaded.
 
-    float32 products of torch's own are MKL's, which reaches 60 to 90 per cent of what an AMD core can do, and oneDNN
-    95 to 100. The operator is the one that torch's inductor puts in place of frozen Linears.
+    torch's own float32 products are MKL's, which reaches 60 to 90 per cent of what an AMD core can do, and oneDNN 95 to
+    100; bfloat16 ones are oneDNN's anyway. The operator is the one torch's inductor puts in place of frozen Linears.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -55,10 +55,12 @@ def replace_patch_convolutions(model: nn.Module) -> None:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Every large Linear of `model`, which must stay on the CPU, becomes a `PackedLinear`."""
+    """Every large float32 Linear of `model`, which must stay on the CPU, becomes a `PackedLinear`."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for name, module in list(model.named_modules()):
         # Not of a subclass: others read the weight of these themselves.
-        if type(module) is nn.Linear and module.weight.numel() >= WORTH_PACKING:
+        if type(module) is not nn.Linear or module.weight.dtype is not torch.float32:
+            continue
+        if module.weight.numel() >= WORTH_PACKING:
             model.set_submodule(name, PackedLinear(module))

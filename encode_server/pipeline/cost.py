@@ -9,7 +9,7 @@ import numpy as np
 KEPT = 128  # batches that are remembered
 EVERY = 8  # batches between two fits
 TELLING = 0.05  # smallest singular value, against the largest, from which batches differ enough to tell parts apart
-HIGHEST = 1 / 256  # patches per pair: attention within fewer patches never counts for more than the patches themselves
+HIGHEST = 1 / 256  # patches per pair: a picture of 256 patches counts for at most twice as many
 
 
 class ForwardCost:
