@@ -126,6 +126,7 @@ class Server:
 
     async def stop(self) -> None:
         """Release everything. Requests still in work end with 503."""
+        gc.unfreeze()  # or modules that count their objects at the end call them leaked
         await self._announcer.aclose()
         if self._health is not None:
             await self._health.close()

@@ -277,9 +277,10 @@ def main() -> int:
         command = channel.receive()
         if not isinstance(command, m.Load):
             return 0
-        with _joined_group():
+        with _joined_group(), contextlib.ExitStack() as freed:
             worker, info = load(command, channel)
             gc.freeze()  # what is loaded stays: a collection that walks through it would idle the device
+            freed.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             channel.send(m.Ready(args.rank, info))
             with _side_by_side(info, command.threads) as threads:
                 serve(channel, worker, Profiler(info.device), args.rank, threads)
