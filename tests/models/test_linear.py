@@ -31,7 +31,7 @@ def test_small_linears_other_dtypes_and_subclasses_are_left_alone() -> None:
         {
             "large": nn.Linear(256, 256),
             "small": nn.Linear(64, 64),
-            "half": nn.Linear(256, 256, dtype=torch.bfloat16),
+            "narrow": nn.Linear(256, 256, dtype=torch.bfloat16),
             "attention": nn.MultiheadAttention(256, 4),
         }
     )
