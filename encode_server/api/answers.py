@@ -52,7 +52,7 @@ class LargeAnswer(Response):
 
 
 def json_answer(req_id: str, encoded: Encoded) -> bytes:
-    """The JSON answer. Copies the whole embedding: call it in a worker thread."""
+    """The JSON answer. Copies the whole embedding: of a large one, call it in a worker thread."""
     return msgspec.json.encode(
         Answer(
             req_id=req_id,
@@ -69,7 +69,7 @@ def json_answer(req_id: str, encoded: Encoded) -> bytes:
 def safetensors_answer(req_id: str, encoded: Encoded) -> bytes:
     """A safetensors file with one tensor, `embedding`, the rest of the answer in its metadata as strings.
 
-    Copies the whole embedding: call it in a worker thread.
+    Copies the whole embedding: of a large one, call it in a worker thread.
     """
     metadata = {
         "req_id": req_id,
