@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -13,6 +12,7 @@ from enum import StrEnum
 from encode_server.engine import messages as m
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupLost, GroupSpec, RankGroup
+from encode_server.engine.restarts import Restarts
 from encode_server.errors import StartupError
 from encode_server.modality import Modality
 
@@ -55,12 +55,16 @@ class Supervisor:
     ) -> None:
         self._spec, self._arena, self._options, self._on_fatal = spec, arena, options, on_fatal
         self._group: RankGroup | None = None
-        self._restarted: deque[float] = deque()
+        self._restarts = Restarts(options.restarts, options.window_s)
         self._changed = asyncio.Event()
         self.state = EngineState.LOADING
         self.reason = "the ranks are loading"
         self.info: m.EncoderInfo | None = None
-        self.restarts = 0
+
+    @property
+    def restarts(self) -> int:
+        """How often the group was started again."""
+        return self._restarts.count
 
     @property
     def rank_states(self) -> list[str]:
@@ -109,9 +113,11 @@ class Supervisor:
             group = RankGroup(self._spec, self._arena, self._log_progress)
             self._group = group
             started = time.monotonic()
+            ready = float("inf")
             try:
                 self.info = await group.start(self._options.load_timeout_s)
-                log.info("ranks ready after %.1f s: %s", time.monotonic() - started, self.info)
+                ready = time.monotonic()
+                log.info("ranks ready after %.1f s: %s", ready - started, self.info)
                 self._set(EngineState.READY, "")
                 reason = await self._watch(group)
             except StartupError as error:
@@ -123,14 +129,15 @@ class Supervisor:
             except Exception as error:  # no descriptors, no processes, a socket path too long, …
                 log.exception("the ranks could not be started")
                 reason = f"the ranks could not be started: {type(error).__name__}: {error}"
+            lost = time.monotonic()
             # Reaped before anything is replayed: a dying rank must not write into slots that are granted again.
             self._set(EngineState.RESTARTING, reason)
             await group.stop(grace=1.0)
-            if self.info is None or not self._may_restart():
+            delay = None if self.info is None else self._restarts.delay(max(0.0, lost - ready))
+            if delay is None:
                 self._set(EngineState.FAILED, reason)
                 self._on_fatal(reason)
                 return
-            delay = min(0.25 * 2 ** (len(self._restarted) - 1), 15.0)
             log.error("ranks lost (%s); restarting in %.2f s", reason, delay)
             await asyncio.sleep(delay)
 
@@ -153,16 +160,6 @@ class Supervisor:
                 task = asyncio.create_task(group.ping())
                 task.add_done_callback(lambda t: t.cancelled() or t.exception())
         return group.lost.result()
-
-    def _may_restart(self) -> bool:
-        now = time.monotonic()
-        while self._restarted and now - self._restarted[0] > self._options.window_s:
-            self._restarted.popleft()
-        if len(self._restarted) >= self._options.restarts:
-            return False
-        self._restarted.append(now)
-        self.restarts += 1
-        return True
 
     def _set(self, state: EngineState, reason: str) -> None:
         self.state, self.reason = state, reason
