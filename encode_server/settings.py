@@ -62,7 +62,11 @@ class Settings(BaseSettings):
         48000, ge=1, description="mel frames of audio in one batch; a larger item goes alone"
     )
     cache_gb: float = Field(1.0, ge=0, description="GiB of embeddings kept for media seen again; 0: none")
-    arena_mb: int = Field(2048, ge=16, description="shared memory for inputs and embeddings in work (used as needed)")
+    arena_mb: int = Field(
+        2048,
+        ge=16,
+        description="shared memory for inputs and embeddings in work (used as needed; on a GPU, pinned as a whole)",
+    )
 
     # Time.
     timeout_s: float = Field(60.0, gt=0, description="a request's deadline when it names none")

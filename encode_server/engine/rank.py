@@ -85,6 +85,33 @@ class TensorStore:
 
     def __init__(self, fd: int, size: int) -> None:
         self._map = mmap.mmap(fd, size)
+        self._pinned: int | None = None
+
+    def pin(self) -> None:
+        """Have the current GPU copy to and from the arena directly, while it computes; takes all of its memory now.
+
+        Copies from other memory go through a buffer of the driver's and make their thread wait. Raises RuntimeError
+        where the driver refuses; the arena is as usable as before.
+        """
+        import torch
+
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        code = torch.cuda.cudart().cudaHostRegister(address, len(self._map), 0)  # type: ignore[no-untyped-call]
+        try:
+            torch.cuda.check_error(code)
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):  # the runtime would say it once more, of the next kernel
+                torch.zeros(1, device="cuda")
+            raise
+        self._pinned = address
+
+    def close(self) -> None:
+        """Undo `pin`. The map itself goes with the last tensor over it."""
+        import torch
+
+        if self._pinned is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned)  # type: ignore[no-untyped-call]
+            self._pinned = None
 
     def tensor(self, ref: m.TensorRef) -> torch.Tensor:
         import torch
@@ -104,6 +131,10 @@ class Worker:
     def __init__(self, encoder: Encoder, store: TensorStore, rank: int) -> None:
         self._encoder, self._store, self._rank = encoder, store, rank
 
+    def close(self) -> None:
+        """Release the store; no forward may run any more."""
+        self._store.close()
+
     def forward(self, command: m.Forward) -> m.Done | m.Failed:
         import torch
 
@@ -111,17 +142,24 @@ class Worker:
             started = time.perf_counter()
             items = [{ref.name: self._store.tensor(ref) for ref in item.inputs} for item in command.items]
             embeddings = self._encoder.forward(command.modality, items)
-            if self._encoder.info.device != "cpu":
-                torch.cuda.current_stream(self._encoder.info.device).synchronize()
+            self._synchronize()
             forwarded = time.perf_counter()
             if self._rank == 0:
                 self._write(command, embeddings)
+                self._synchronize()
             written = time.perf_counter()
         except torch.OutOfMemoryError as error:
             return self._failed(command, error, out_of_memory=True)
         except Exception as error:
             return self._failed(command, error)
         return m.Done(self._rank, command.seq, forward_s=forwarded - started, copy_s=written - forwarded)
+
+    def _synchronize(self) -> None:
+        """Wait until the device has done what this thread asked of it."""
+        import torch
+
+        if self._encoder.info.device != "cpu":
+            torch.cuda.current_stream(self._encoder.info.device).synchronize()
 
     def _failed(self, command: m.Forward, error: Exception, *, out_of_memory: bool = False) -> m.Done | m.Failed:
         """The batch's failure; the rank's where it broke the CUDA context, in which nothing works any more."""
@@ -139,7 +177,7 @@ class Worker:
         for item, embedding in zip(command.items, embeddings, strict=True):
             if tuple(embedding.shape) != item.output.shape:
                 raise ValueError(f"embedding of shape {tuple(embedding.shape)}, expected {item.output.shape}")
-            self._store.tensor(item.output).copy_(embedding)
+            self._store.tensor(item.output).copy_(embedding, non_blocking=True)
 
 
 def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threads: SideBySide | None) -> None:
@@ -206,7 +244,14 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         at_once = min(command.threads, ON_A_CPU) if device == "cpu" else ON_A_GPU
         small = SMALL_BATCH if device == "cpu" and at_once > 1 else None
         info = msgspec.structs.replace(info, at_once=at_once, batch_cost=small)
-    return Worker(encoder, TensorStore(command.arena_fd, command.arena_bytes), command.rank), info
+    store = TensorStore(command.arena_fd, command.arena_bytes)
+    if device != "cpu":
+        progress("pinning the arena")
+        try:
+            store.pin()
+        except RuntimeError as error:
+            progress(f"the arena is not pinned, copies will wait for the device: {_one_line(error)}")
+    return Worker(encoder, store, command.rank), info
 
 
 def _forward_and_post(worker: Worker, command: m.Forward, channel: Channel) -> None:
@@ -279,6 +324,7 @@ def main() -> int:
             return 0
         with _joined_group(), contextlib.ExitStack() as freed:
             worker, info = load(command, channel)
+            freed.callback(worker.close)
             gc.freeze()  # what is loaded stays: a collection that walks through it would idle the device
             freed.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             channel.send(m.Ready(args.rank, info))
