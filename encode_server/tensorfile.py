@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-DTYPES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+from encode_server.dtypes import TO_SAFETENSORS
 
 
 def tensor_head(name: str, dtype: str, shape: tuple[int, int], nbytes: int, metadata: Mapping[str, str]) -> bytes:
     """The length and the JSON header of a file whose `nbytes` bytes of tensor `name` follow directly."""
-    tensor = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": (0, nbytes)}
+    tensor = {"dtype": TO_SAFETENSORS[dtype], "shape": shape, "data_offsets": (0, nbytes)}
     header = json.dumps({"__metadata__": dict(metadata), name: tensor}).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header

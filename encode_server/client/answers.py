@@ -7,9 +7,9 @@ import msgspec
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import EncodeServerError, ProtocolError
 from encode_server.delivery.frames import ItemInfo
+from encode_server.dtypes import FROM_SAFETENSORS
 from encode_server.modality import Modality
 
-SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 MAX_ERROR_TEXT = 300
 
 
@@ -66,7 +66,7 @@ def from_safetensors(body: bytearray) -> Embedding:
         req_id=metadata.req_id,
         model=metadata.model,
         modality=metadata.modality,
-        dtype=SAFETENSORS_DTYPES.get(tensor.dtype, tensor.dtype),
+        dtype=FROM_SAFETENSORS.get(tensor.dtype, tensor.dtype),
         shape=tensor.shape,
         items=tuple(items),
         data=view[header_end + begin : header_end + end],

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from encode_server.client.errors import ProtocolError
 from encode_server.delivery.frames import ItemInfo
+from encode_server.dtypes import ITEM_BYTES
 from encode_server.modality import Modality
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes per element of each dtype an embedding may have."""
 
 
 async def in_order(req_id: str, parts: Sequence[tuple[Sequence[int], Embedding]]) -> Embedding:
@@ -56,10 +54,10 @@ def join(pieces: Sequence[memoryview]) -> memoryview:
 
 def check_size(dtype: str, shape: tuple[int, int], nbytes: int) -> None:
     """Raises `ProtocolError` unless `nbytes` bytes are exactly one `shape` = [tokens, dim] array of `dtype`."""
-    if dtype not in ITEM_SIZES:
+    if dtype not in ITEM_BYTES:
         raise ProtocolError(f"unknown dtype {dtype!r}")
     tokens, dim = shape
-    if tokens < 0 or dim < 0 or tokens * dim * ITEM_SIZES[dtype] != nbytes:
+    if tokens < 0 or dim < 0 or tokens * dim * ITEM_BYTES[dtype] != nbytes:
         raise ProtocolError(f"{nbytes} bytes are not a {dtype} array of shape {list(shape)}")
 
 
@@ -88,7 +86,7 @@ class Embedding:
         """The bytes of each item's rows, views of `data`. Raises `ProtocolError` when the items have other rows."""
         if sum(item.tokens for item in self.items) != self.shape[0]:
             raise ProtocolError(f"the items of {self.req_id!r} do not have {self.shape[0]} rows together")
-        rows, row_bytes, start = [], self.shape[1] * ITEM_SIZES[self.dtype], 0
+        rows, row_bytes, start = [], self.shape[1] * ITEM_BYTES[self.dtype], 0
         for item in self.items:
             end = start + item.tokens * row_bytes
             rows.append(self.data[start:end])
@@ -106,7 +104,7 @@ class Embedding:
         if self.dtype == "bfloat16":
             upper_half = np.frombuffer(self.data, dtype="<u2").astype("<u4")
             return (upper_half << 16).view("<f4").reshape(self.shape)
-        return np.frombuffer(self.data, dtype=f"<f{ITEM_SIZES[self.dtype]}").reshape(self.shape)
+        return np.frombuffer(self.data, dtype=f"<f{ITEM_BYTES[self.dtype]}").reshape(self.shape)
 
     def torch(self) -> torch.Tensor:
         """The values as a CPU tensor [tokens, dim] of their own dtype, sharing `data` unless that is read-only.

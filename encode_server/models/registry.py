@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from encode_server.dtypes import FROM_SAFETENSORS
 from encode_server.errors import StartupError
 from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
@@ -96,8 +97,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }
 
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
 
 def check_supported(checkpoint: Checkpoint) -> Architecture:
     """The architecture of a checkpoint.
@@ -165,6 +164,6 @@ def _dtype(checkpoint: Checkpoint, architecture: Architecture) -> str:
         if isinstance(named, str):
             return named.removeprefix("torch.")
     for _, stored in tensor_dtypes(weight_files(checkpoint)[0]):
-        if stored in _SAFETENSORS_DTYPES:
-            return _SAFETENSORS_DTYPES[stored]
+        if stored in FROM_SAFETENSORS:
+            return FROM_SAFETENSORS[stored]
     return "float32"

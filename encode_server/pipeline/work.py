@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from encode_server.dtypes import ITEM_BYTES
 from encode_server.engine.arena import ALIGNMENT, Arena, Slot
 from encode_server.engine.messages import ItemRef, TensorRef
 from encode_server.modality import Modality
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from encode_server.models.prepared import Prepared
-
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class WorkState(StrEnum):
@@ -154,7 +153,7 @@ def room_for(pieces: Sequence[Prepared], dim: int, dtype: str) -> tuple[int, int
 
 def embedding_bytes(tokens: int, dim: int, dtype: str) -> int:
     """Bytes of [tokens, dim] values."""
-    return math.prod((tokens, dim, DTYPE_BYTES[dtype]))
+    return math.prod((tokens, dim, ITEM_BYTES[dtype]))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

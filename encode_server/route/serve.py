@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
-import signal
-import socket
-from collections.abc import Generator
 
 import uvicorn
 import uvloop
 
+from encode_server.listening import Uvicorn, bind, until_signalled
 from encode_server.route.app import create_route_app
 from encode_server.route.options import RouteOptions
-from encode_server.serve import bind
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 20
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn's server, which leaves signals, and so the exit status, to us."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        yield
 
 
 def serve_route(options: RouteOptions) -> int:
@@ -38,19 +25,8 @@ def serve_route(options: RouteOptions) -> int:
         log.info(
             "serving %s on http://%s:%d, encoders: %s", options.engine_url, host, port, ", ".join(options.encoder_url)
         )
-        uvloop.run(_until_signalled(options, listener))
+        config = uvicorn.Config(
+            create_route_app(options), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
+        )
+        uvloop.run(until_signalled(Uvicorn(config), listener))
     return 0
-
-
-async def _until_signalled(options: RouteOptions, listener: socket.socket) -> None:
-    app = create_route_app(options)
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
-    server = _Uvicorn(config)
-
-    def leave() -> None:
-        server.force_exit = server.should_exit  # the second signal does not wait
-        server.should_exit = True
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, leave)
-    await server.serve(sockets=[listener])
