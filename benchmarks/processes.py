@@ -19,19 +19,21 @@ from typing import Any
 
 from benchmarks import procfs
 from benchmarks.prometheus import Look
+from encode_server.engine.launch import rank_environment
 
 
 class FloorProcess:
     """A `benchmarks.worker`. Idle, it waits on its standard input and costs nothing. Loads until `wait_ready`."""
 
     def __init__(self, kind: str, model: Path, device: str, dtype: str, threads: int) -> None:
+        # Ours runs in the surroundings of a rank, transformers' in those that anybody has.
         options = [f"--kind={kind}", f"--model={model}", f"--device={device}", f"--dtype={dtype}"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *options, f"--threads={threads}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=_environment(threads),
+            env=(rank_environment(threads) if kind == "ours" else {}) | _environment(threads),
         )
 
     def wait_ready(self) -> None:
