@@ -132,7 +132,12 @@ class TransformersFloor(Floor):
             base = getattr(self._model, "model", self._model)
             tower = getattr(base, "audio_tower", None) or base.encoder
             project = getattr(base, "multi_modal_projector", lambda hidden: hidden)
-            return lambda: _rows(project(tower(features).last_hidden_state))
+            told: dict[str, torch.Tensor] = {}
+            if hasattr(base, "multi_modal_projector"):  # Qwen2-Audio masks what is padding
+                valid = (mask.sum(-1) - 1) // 2 + 1
+                positions = torch.arange((features.shape[-1] - 2) // 2 + 1, device=self.device)
+                told["attention_mask"] = (positions < valid[:, None])[:, None, None, :]
+            return lambda: _rows(project(tower(features, **told).last_hidden_state))
         return lambda: _rows(self._model.get_audio_features(features, feature_attention_mask=mask).last_hidden_state)
 
 

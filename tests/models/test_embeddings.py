@@ -83,6 +83,15 @@ def test_sounds(subjects: dict[str, Subject], name: str) -> None:
     subject.check(Modality.AUDIO, media, expected)
 
 
+def test_sounds_whose_ends_the_convolutions_and_the_pooling_see_differently(subjects: dict[str, Subject]) -> None:
+    """Even and odd counts of mel frames, the shortest, and up to the end of the 4 s window."""
+    subject = subjects["qwen2_audio"]
+    seconds = [0.1, 0.11, 1.23, 1.24, 1.25, 3.97, 3.98, 3.99, 4.0]
+    media = [samples.wav(length, seed) for seed, length in enumerate(seconds)]
+    expected = [subject.reference.audio(samples.samples(length, seed)) for seed, length in enumerate(seconds)]
+    subject.check(Modality.AUDIO, media, expected)
+
+
 def test_long_sound_is_cut_where_the_extractor_cuts(subjects: dict[str, Subject]) -> None:
     subject = subjects["qwen2_audio"]
     subject.check(Modality.AUDIO, [samples.wav(5.0)], [subject.reference.audio(samples.samples(5.0))])

@@ -108,10 +108,18 @@ def test_sounds_for_omni_are_the_frames_its_mask_keeps(checkpoints: Checkpoints,
     assert prepared.cost == prepared.extra["mel_frames"] == frames
 
 
-@pytest.mark.parametrize("name", ["qwen2_audio", "whisper"])
-def test_sounds_padded_to_the_extractors_window(checkpoints: Checkpoints, name: str) -> None:
-    prepared = _preprocessor(checkpoints, name).prepare(Modality.AUDIO, samples.wav(1.23))
-    inputs = audio_inputs(checkpoints.path(name), samples.samples(1.23))
+@pytest.mark.parametrize("seconds", [0.06, 1.23, 3.97, 3.99, 12.0])
+def test_sounds_for_qwen2_audio_are_without_the_padding(checkpoints: Checkpoints, seconds: float) -> None:
+    prepared = _preprocessor(checkpoints, "qwen2_audio").prepare(Modality.AUDIO, samples.wav(seconds))
+    inputs = audio_inputs(checkpoints.path("qwen2_audio"), samples.samples(seconds))
+    frames = int(inputs["attention_mask"].sum())
+    assert torch.equal(prepared.tensors["input_features"], inputs["input_features"][0, :, : frames + 2])
+    assert prepared.cost == prepared.extra["mel_frames"] == frames
+
+
+def test_sounds_for_whisper_are_padded_to_its_window(checkpoints: Checkpoints) -> None:
+    prepared = _preprocessor(checkpoints, "whisper").prepare(Modality.AUDIO, samples.wav(1.23))
+    inputs = audio_inputs(checkpoints.path("whisper"), samples.samples(1.23))
     assert torch.equal(prepared.tensors["input_features"], inputs["input_features"][0])
     assert prepared.extra["mel_frames"] == int(inputs["attention_mask"].sum()) == 123
     assert prepared.cost == 400

@@ -14,11 +14,9 @@ from encode_server.modality import Modality
 from encode_server.models.attention import Segments
 from encode_server.models.families.base import Item, without_language_model
 from encode_server.models.families.qwen_vl import VISION_PLAN, QwenVision, vision_dim
-from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token, pooled_length
+from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token, padded_length, pooled_length
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
-
-_LEAST_FRAMES = 100
 
 
 class QwenOmni(QwenVision):
@@ -59,7 +57,7 @@ class QwenOmni(QwenVision):
         output = extractor(
             samples,
             sampling_rate=extractor.sampling_rate,
-            max_length=_padded_length(len(samples), extractor),
+            max_length=padded_length(len(samples), extractor),
             return_attention_mask=True,
             return_tensors="pt",
         )
@@ -99,17 +97,6 @@ class QwenOmni(QwenVision):
             return_dict=True,
         )
         return list(output.last_hidden_state.split([pooled_length(length) for length in lengths]))
-
-
-def _padded_length(count: int, extractor: Any) -> int:
-    """Samples to pad to (or cut at), so that frames of real sound come out as the extractor's own padding gives them.
-
-    That is to 300 s, half a second of work for each sound, of which all but the sound is dropped again. A frame sees
-    one window beyond the end; a second at least, because much shorter products round differently.
-    """
-    hop = int(extractor.hop_length)
-    frames = max(-(-count // hop) + -(-int(extractor.n_fft) // hop), _LEAST_FRAMES)
-    return min(frames * hop, int(extractor.n_samples))
 
 
 def _valid_indices(lengths: Sequence[int]) -> torch.Tensor:

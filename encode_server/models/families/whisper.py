@@ -21,6 +21,7 @@ ENCODER_PLAN: Plan = {
     r"layers\.\d+\.fc1": Style.COLUMN,
     r"layers\.\d+\.fc2": Style.ROW,
 }
+_LEAST_FRAMES = 100
 
 
 class Whisper(Family):
@@ -58,7 +59,8 @@ class Whisper(Family):
 
 def stack(items: Sequence[Item], name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The items' tensors called `name`, all of one shape, as one batch."""
-    return torch.stack([item[name].to(device, non_blocking=True) for item in items]).to(dtype)
+    parts = [item[name].to(device, non_blocking=True) for item in items]
+    return (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)).to(dtype)
 
 
 def pooled_length(frames: int) -> int:
@@ -70,3 +72,14 @@ def pooled_length(frames: int) -> int:
 def pad_to_one_token(samples: npt.NDArray[np.float32], extractor: Any) -> npt.NDArray[np.float32]:
     """`samples`, followed by silence if they are too short (below 3 mel frames, 30 ms) to give a single token."""
     return np.pad(samples, (0, max(0, 3 * int(extractor.hop_length) - len(samples))))
+
+
+def padded_length(count: int, extractor: Any) -> int:
+    """Samples to pad to (or cut at), so that frames of real sound come out as the extractor's own padding gives them.
+
+    That is to 30 or 300 s, up to half a second of work for each sound, of which all but the sound is dropped again. A
+    frame sees one window beyond the end; a second at least, because much shorter products round differently.
+    """
+    hop = int(extractor.hop_length)
+    frames = max(-(-count // hop) + -(-int(extractor.n_fft) // hop), _LEAST_FRAMES)
+    return min(frames * hop, int(extractor.n_samples))
