@@ -42,7 +42,7 @@ from encode_server.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-LAG_INTERVAL_S = 0.05
+LAG_INTERVAL_S = 0.1
 
 
 class Server:
