@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-WORTH_PACKING = 1 << 16  # elements of a weight: below, a call of oneDNN's costs more than its product saves
+WORTH_PACKING = 1 << 17  # elements of a weight: below, a call of oneDNN's costs more than its product saves
 PACKED_FOR = 1024  # rows a weight is laid out for; products of more or fewer rows are as right
 
 
