@@ -85,7 +85,7 @@ class Settings(BaseSettings):
         4_000_000, ge=1, description="patches and mel frames of the requests in work; beyond it 429"
     )
     client_share: float = Field(
-        0.5, gt=0, le=1, description="part of max-requests one client (API key or address) may hold while others wait"
+        0.5, gt=0, le=1, description="part of each of these three one client (API key, address) may hold beside others"
     )
     max_item_tokens: int = Field(
         131_072, ge=1, description="patches or mel frames of one item, as preprocessed; beyond it 413"

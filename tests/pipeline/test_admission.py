@@ -29,7 +29,7 @@ def test_places_are_bounded_and_come_back():
     assert 1 <= int(refused.value.headers["Retry-After"]) <= 60
     leave(held.pop())
     leave(enter(gate))
-    assert gate.in_work == 2
+    assert gate.held.requests == 2
 
 
 def test_a_client_has_all_places_alone_and_its_share_beside_others():
@@ -50,8 +50,22 @@ def test_a_body_too_many_is_refused_before_it_is_read():
         with pytest.raises(TooBusy, match="media"):
             enter(gate, "b", 600)
         leave(enter(gate, "b", 300))
-    assert gate.bytes == 0
+    assert gate.held.bytes == 0
     leave(enter(gate, "b", 5000))  # larger than the bound, but nothing else is there: it may try
+
+
+def test_a_share_is_of_bytes_and_of_tokens_too():
+    gate = admission(nbytes=1000, tokens=1000)
+    with gate.admit("greedy", 400):
+        leave(enter(gate, "greedy", 400))  # alone
+        with gate.admit("modest", 10) as modest:
+            with pytest.raises(TooBusy, match="media of this client"):
+                enter(gate, "greedy", 400)
+            leave(enter(gate, "greedy", 50))
+            modest.weigh(tokens=600)
+            with pytest.raises(TooBusy, match="tokens of this client"):
+                enter(gate, "modest")
+            leave(enter(gate, "greedy"))
 
 
 def test_tokens_in_work_are_bounded():
@@ -60,7 +74,7 @@ def test_tokens_in_work_are_bounded():
         ticket.weigh(tokens=1500)
         with pytest.raises(TooBusy, match="tokens"):
             enter(gate, "b")
-    assert gate.tokens == 0
+    assert gate.held.tokens == 0
     leave(enter(gate, "b"))
 
 
@@ -97,5 +111,5 @@ def test_what_is_fetched_is_bounded_too():
             second.weigh(nbytes=700)
         with pytest.raises(TooLarge):
             first.weigh(nbytes=700)
-        assert gate.bytes == 720
-    assert gate.bytes == 0
+        assert gate.held.bytes == 720
+    assert gate.held.bytes == 0
