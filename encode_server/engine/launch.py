@@ -27,7 +27,7 @@ def spawn_rank(socket: Path, rank: int, *, fds: tuple[int, ...], threads: int) -
 def rank_environment(threads: int) -> dict[str, str]:
     """The environment of a rank with so many threads: ours, and what libraries read when they are loaded.
 
-    What the user has set is left alone.
+    What the user has set is left alone, but for the number of threads.
     """
     return {
         # Threads that spin long at OpenMP's barriers take the cores from the front, and from each other's work: with
