@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -132,7 +132,7 @@ class Supervisor:
             lost = time.monotonic()
             # Reaped before anything is replayed: a dying rank must not write into slots that are granted again.
             self._set(EngineState.RESTARTING, reason)
-            await group.stop(grace=1.0)
+            await _to_its_end(group.stop(grace=1.0))
             delay = None if self.info is None else self._restarts.delay(max(0.0, lost - ready))
             if delay is None:
                 self._set(EngineState.FAILED, reason)
@@ -168,3 +168,13 @@ class Supervisor:
 
     def _log_progress(self, rank: int, step: str) -> None:
         log.info("rank %d: %s", rank, step)
+
+
+async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+    """Await `work` also when cancelled meanwhile: half of a stop leaves processes, and sockets that nobody closes."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
