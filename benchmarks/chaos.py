@@ -265,7 +265,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     faults = {"PYTHONPATH": os.pathsep.join([str(FAULTS), os.environ.get("PYTHONPATH", "")])}
-    options = ["--device=cpu", "--dtype=float32", f"--tp={arguments.tp}", "--stall-s=4", "--max-restarts=1000"]
+    options = ["--device=cpu", "--dtype=float32", f"--tp={arguments.tp}", "--stall-s=6", "--max-restarts=1000"]
     options += ["--media-allow=127.0.0.1", "--fetch-s=2", "--send-timeout-s=3", "--cache-gb=0", "--log-level=error"]
     options += ["--max-requests=64", "--client-share=1"]
     server = ServerProcess(["encode_server.cli", "serve", "demo", *options], threads=1, environment=faults)
@@ -273,7 +273,7 @@ def main() -> int:
         document = uvloop.run(run(server, arguments, console))
     finally:
         server.close()
-    document["exit_status"] = server.process.returncode
+    document |= {"stop_s": server.stop_s, "exit_status": server.process.returncode}
     show(console, document)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=2))

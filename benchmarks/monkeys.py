@@ -30,6 +30,11 @@ def picture(width: int, height: int, seed: int) -> bytes:
     return out.getvalue()
 
 
+def _client() -> httpx.AsyncClient:
+    # A connection that has been idle for less than uvicorn's 5 s, so that none is closed just as it is used again.
+    return httpx.AsyncClient(timeout=120, limits=httpx.Limits(keepalive_expiry=3))
+
+
 class Monkeys:
     """`counts`: what was done. `surprises`: answers that no fault explains."""
 
@@ -43,7 +48,7 @@ class Monkeys:
 
         The pause counts from when the server is ready again: ranks hit while they load would never serve.
         """
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with _client() as client:
             for disaster in itertools.cycle([signal.SIGKILL, "error", signal.SIGSTOP, "kill", "hang"]):
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
                 while (await client.get(self._url + "/readyz")).status_code != 200:  # noqa: ASYNC110 - another process
@@ -57,7 +62,7 @@ class Monkeys:
 
     async def garbage(self, every_s: float) -> None:
         """Send what is no picture: half a file, noise, nothing."""
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with _client() as client:
             while True:
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
                 whole = picture(64, 64, 1)
@@ -81,7 +86,7 @@ class Monkeys:
 
         server = await asyncio.start_server(trickle, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        async with server, httpx.AsyncClient(timeout=120) as client:
+        async with server, _client() as client:
             while True:
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
                 body = {"modality": "image", "mm_items": [f"http://127.0.0.1:{port}/slow.png"]}
@@ -90,7 +95,7 @@ class Monkeys:
     async def destinations(self, every_s: float) -> None:
         """Push to a receiver that vanishes now and then, before or in the middle."""
         context = zmq.asyncio.Context()
-        async with httpx.AsyncClient(timeout=120) as client:
+        async with _client() as client:
             while True:
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
                 socket = context.socket(zmq.PULL)
@@ -109,7 +114,7 @@ class Monkeys:
         """Ask for an encode and hang up before the answer."""
         while True:
             await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
-            async with httpx.AsyncClient(timeout=120) as client:
+            async with _client() as client:
                 media = picture(448, 448, self._random.randrange(1 << 30))
                 files = {"file": ("p.png", media)}
                 asking = asyncio.create_task(

@@ -64,8 +64,8 @@ class ServerProcess:
     """A server under its own port of 127.0.0.1, ready for requests once constructed.
 
     `threads`: OMP_NUM_THREADS of the server, left alone when None, as for a user. `environment`: more variables for it.
-    `start_s`: seconds from the command
-    to the first good answer of `ready_path`.
+    `start_s`: seconds from the command to the first good answer of `ready_path`. `stop_s`: those from SIGTERM to its
+    end, once closed.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class ServerProcess:
             self.close()
             raise
         self.start_s = time.perf_counter() - started
+        self.stop_s = 0.0
 
     def look(self) -> Look:
         """Its metrics now."""
@@ -106,12 +107,14 @@ class ServerProcess:
     def close(self) -> None:
         """End it, politely at first."""
         if self.process.poll() is None:
+            asked = time.perf_counter()
             self.process.send_signal(signal.SIGTERM)
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 self.process.kill()  # its ranks die with it
                 self.process.wait()
+            self.stop_s = time.perf_counter() - asked
         self._log.close()
 
     def _wait(self, path: str, started: float, timeout_s: float) -> None:

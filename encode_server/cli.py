@@ -5,13 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
+from encode_server.leaving import leave
 from encode_server.route.options import add_route_options, route_options
 from encode_server.settings import Settings, load_settings, option_name, variable_name
+
+
+def console() -> NoReturn:
+    """The command `encode-server`."""
+    leave(main())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,4 +97,4 @@ def _help(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

@@ -35,7 +35,7 @@ from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import EmbeddingCache
 from encode_server.pipeline.health import HealthProbe, Verdict
 from encode_server.pipeline.pipeline import Pipeline
-from encode_server.pipeline.pools import Pools
+from encode_server.pipeline.pools import Pools, run
 from encode_server.profiling import Profiling
 from encode_server.settings import Settings
 from encode_server.telemetry.metrics import Metrics
@@ -193,7 +193,7 @@ class Server:
     async def _load_processors(self) -> None:
         started = time.monotonic()
         try:
-            preprocessor, media = await asyncio.to_thread(self._build_preprocessor)
+            preprocessor, media = await run(self.pools.preproc, self._build_preprocessor)
         except StartupError as error:
             self._fail(str(error))
             return

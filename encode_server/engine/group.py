@@ -23,6 +23,8 @@ from encode_server.engine.rundir import RunDirectory
 from encode_server.errors import StartupError
 from encode_server.modality import Modality
 
+LAST_WORDS_S = 0.2  # what a rank that has ended says of why may still be on its way
+
 
 class GroupLost(Exception):
     """The ranks died, hang or stopped making sense. What was in flight has not been delivered.
@@ -266,10 +268,12 @@ class RankGroup:
         asyncio.get_running_loop().remove_reader(rank.pidfd)
         code = rank.process.wait()
         how = signal.Signals(-code).name if code < 0 else f"code {code}"
-        # Its last words may still be in the socket: let them be read first, they say why.
-        asyncio.get_running_loop().call_later(0.2, self._on_gone, rank, f"rank {index} exited with {how}")
+        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._on_gone, rank, f"rank {index} exited with {how}")
 
     def _on_gone(self, rank: _Rank, reason: str) -> None:
+        if not self.lost.done() and int(rank.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # this loop was held up
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._on_gone, rank, reason)
+            return
         rank.state = "dead"
         self.fail(reason)
 

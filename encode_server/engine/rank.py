@@ -29,6 +29,7 @@ from encode_server.engine import messages as m
 from encode_server.engine.profiler import Profiler
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError
+from encode_server.leaving import leave
 
 if TYPE_CHECKING:
     import torch
@@ -326,7 +327,6 @@ def main() -> int:
             worker, info = load(command, channel)
             freed.callback(worker.close)
             gc.freeze()  # what is loaded stays: a collection that walks through it would idle the device
-            freed.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             channel.send(m.Ready(args.rank, info))
             with _side_by_side(info, command.threads) as threads:
                 serve(channel, worker, Profiler(info.device), args.rank, threads)
@@ -343,4 +343,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
