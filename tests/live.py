@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 import httpx
 
 CPU = ("--port", "0", "--device", "cpu", "--dtype", "float32")
+
+TORCH = {"TORCHINDUCTOR_CACHE_DIR": tempfile.gettempdir()}  # torch makes one when imported, and leaves it
 
 
 class LiveServer:
@@ -32,7 +36,10 @@ class LiveServer:
         tmp.mkdir(parents=True, exist_ok=True)
         self.lines: list[str] = []
         environment = (
-            os.environ | (environment or {}) | {"TMPDIR": str(tmp), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+            os.environ
+            | (environment or {})
+            | TORCH
+            | {"TMPDIR": str(tmp), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         )
         self.process = subprocess.Popen(
             command or [sys.executable, "-m", "encode_server.cli", "serve", str(model), *CPU, *options],
@@ -57,7 +64,7 @@ class LiveServer:
     def log(self) -> str:
         return "".join(self.lines)
 
-    def wait_for_log(self, pattern: str, timeout: float = 60) -> re.Match[str]:
+    def wait_for_log(self, pattern: str, timeout: float = 120) -> re.Match[str]:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if found := re.search(pattern, self.log):
@@ -111,16 +118,15 @@ class LiveServer:
         processes = [f"process {p}: {_cmdline(p)}" for p in _pids() if f"TMPDIR={self.tmp}\0" in _environment(p)]
         return processes + [str(path) for path in self.tmp.rglob("*")]
 
-    def terminate(self, timeout: float = 30) -> int:
+    def terminate(self, timeout: float = 60) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
     def kill_all(self) -> None:
-        for pid in [*self.rank_pids(), self.process.pid]:
-            try:
+        for pid in self.rank_pids():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        self.process.kill()
         self.process.wait(10)
         self._reader.join(5)
 
@@ -130,7 +136,7 @@ class LiveServer:
             self.lines.append(line)
 
 
-def eventually(condition, timeout: float = 10.0) -> bool:
+def eventually(condition, timeout: float = 60.0) -> bool:
     """Whether the condition comes true in time."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -13,6 +13,7 @@ import torch
 from benchmarks import correctness, gpu, serving, small, tables
 from benchmarks.prometheus import Look
 from benchmarks.towers import FULL_SIZE, TINY, write_checkpoint
+from encode_server.bench.load import Load
 from encode_server.bench.media import jpeg
 from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
@@ -32,8 +33,14 @@ def towers(tmp_path_factory):
     }
 
 
-def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys):
+def counted(concurrency: int, **_: object) -> Load:
+    """A load that ends by count: a short window of time can pass without an answer."""
+    return Load(concurrency, seconds=60, count=10)
+
+
+def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(serving.Plan, "load", lambda self, concurrency, rate: counted(concurrency))
     found, picture = tmp_path / "found.json", tmp_path / "plot.svg"
     options = ["--sizes=84", "--concurrency=1,2", "--seconds=0.3", "--rounds=1", "--device=cpu", "--threads=1"]
     extra = ["--no-naive", "--no-startup", f"--json={found}", f"--plot={picture}"]
@@ -59,9 +66,12 @@ def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys):
     assert "floor: transformers" in printed and "our floor" in printed and "ours" in printed
 
 
-def test_the_gpu_script_runs_through_on_a_cpu(tmp_path, capsys):
+def test_the_gpu_script_runs_through_on_a_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "Load", counted)
+    threads = torch.get_num_threads()
     found = tmp_path / "found.json"
     assert gpu.main(["--device=cpu", "--tiny", f"--json={found}"]) == 0
+    torch.set_num_threads(threads)
     document = json.loads(found.read_text())
     assert all(check["ok"] for check in document["correctness"])
     assert any("2 rank(s) over gloo" in check["name"] for check in document["correctness"])

@@ -19,10 +19,14 @@ from encode_server.delivery.folder import ENTRY
 from encode_server.tensorfile import expected_size
 
 WORDS = ["one", "two", "three"]
+WAIT_S = 60.0
 
 
 class EngineStandIn:
-    """`seen`: the requests. `found`: for each, whether the entry of every `uuid` was there, whole."""
+    """`seen`: the requests. `found`: for each, whether the entry of every `uuid` was there, whole.
+
+    A stream goes on from word to word while `go_on` is set, or after `WAIT_S`; then `waited_in_vain` is set.
+    """
 
     def __init__(self, store: Path) -> None:
         self.store = store
@@ -31,6 +35,7 @@ class EngineStandIn:
         self.found: list[dict[str, bool]] = []
         self.gone = threading.Event()
         self.go_on = threading.Event()
+        self.waited_in_vain = False
         self.url = ""
 
     def app(self) -> FastAPI:
@@ -67,7 +72,7 @@ class EngineStandIn:
         try:
             for word in WORDS:
                 yield "data: " + json.dumps({"choices": [{"delta": {"content": word}}]}) + "\n\n"
-                await asyncio.to_thread(self.go_on.wait, 10)
+                self.waited_in_vain |= not await asyncio.to_thread(self.go_on.wait, WAIT_S)
             yield "data: [DONE]\n\n"
         except asyncio.CancelledError:
             self.gone.set()

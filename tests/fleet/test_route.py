@@ -6,13 +6,12 @@ import base64
 import json
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 
 import httpx
 import pytest
 
-from tests.fleet.engine_standin import WORDS, EngineStandIn, served
+from tests.fleet.engine_standin import WAIT_S, WORDS, EngineStandIn, served
 from tests.live import LiveServer
 from tests.models.samples import clip, png
 
@@ -87,6 +86,7 @@ def test_a_stream_comes_chunk_by_chunk(fleet, engine, route):
         engine.go_on.set()
         rest = [line for line in lines if line]
     assert len(rest) == 3 and rest[-1] == "data: [DONE]"
+    assert not engine.waited_in_vain
 
 
 def test_a_caller_who_leaves_ends_the_engines_work(fleet, engine, route):
@@ -95,8 +95,10 @@ def test_a_caller_who_leaves_ends_the_engines_work(fleet, engine, route):
     body = chat(image(png(64, 64, 25)), stream=True)
     with httpx.stream("POST", route + "/v1/chat/completions", json=body, timeout=60) as answer:
         next(answer.iter_lines())
-    threading.Timer(0.5, engine.go_on.set).start()
-    assert engine.gone.wait(10)
+    try:
+        assert engine.gone.wait(WAIT_S / 2)  # before it would have gone on by itself
+    finally:
+        engine.go_on.set()
 
 
 def test_without_media_the_request_is_not_touched(fleet, engine, route):

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from encode_server.client import EmbeddingReceiver, EncodeClient, EncoderPool, EncodeServerError, Item
+from tests.live import eventually
 from tests.models.samples import png
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "scheduler.py"
@@ -57,16 +59,22 @@ def test_cancelling_leaves_nothing_behind(fleet):
     async def cancel():
         async with EmbeddingReceiver() as receiver, EncoderPool(fleet.urls, receiver=receiver) as pool:
             calls = [asyncio.create_task(pool.encode([png(256, 256, 1000 + i)], "image")) for i in range(10)]
-            await asyncio.sleep(0.05)
+            while not any(e.in_flight for e in pool.encoders):  # noqa: ASYNC110 - it is on its way to another process
+                await asyncio.sleep(0.005)
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
             assert all(e.in_flight == 0 for e in pool.encoders)
-            assert len(asyncio.all_tasks()) <= 6, "this one, the receiver's, the pool's and its probes"
-            await asyncio.sleep(1)
+            assert len(asyncio.all_tasks()) <= 8, "this one, the receiver's, the pool's and its probes"
+            for client in (fleet.a, fleet.b):
+                assert await asyncio.to_thread(idle, client.base_url)
             return receiver._waiting, len(receiver._early)
 
     assert asyncio.run(cancel()) == ({}, 0)
+
+
+def idle(url: str) -> bool:
+    return eventually(lambda: "\nencode_requests_in_work 0.0\n" in httpx.get(url + "/metrics", timeout=60).text)
 
 
 def test_stored_items_answer_in_order(fleet):

@@ -71,17 +71,17 @@ def test_a_long_silence_is_refused_by_its_header() -> None:
         for _ in range(70):
             file.write(np.zeros(8_000 * 60, np.int16))
     assert len(out.getvalue()) < 1 << 20
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(TooLarge, match="1800 s"):
         decode_audio(out.getvalue(), 16_000, LIMITS)
-    assert time.monotonic() - start < 1.0
+    assert time.thread_time() - start < 1.0
 
 
 def test_a_header_that_promises_what_is_not_there_costs_nothing() -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises((BadMedia, TooLarge)):
         decode_audio(wav_header(16_000, 1, 0x7FFF_FFF0), 16_000, LIMITS)
-    assert time.monotonic() - start < 1.0
+    assert time.thread_time() - start < 1.0
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_damaged_files_end_in_a_result_or_in_an_error_of_ours(
             DECODERS[decoder](victim)
         except (BadMedia, TooLarge) as error:
             assert " at 0x" not in error.message
-        assert time.monotonic() - start < 4
+        assert time.monotonic() - start < 20
         if time.monotonic() > end:
             break
 

@@ -91,10 +91,10 @@ def png_header(width: int, height: int, body: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 9_000), (2_000_000, 40)])
 def test_a_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(TooLarge):
         decode_image(png_header(*size, zlib.compress(bytes(1 << 20))), LIMITS)
-    assert time.monotonic() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 def test_a_gif_whose_frame_is_larger_than_its_screen_counts_by_its_frame() -> None:
@@ -115,10 +115,10 @@ def test_a_picture_that_grows_too_much_is_refused_but_small_flat_ones_are_not() 
 def test_a_jpeg_of_endless_scans_is_refused() -> None:
     data = image_bytes("JPEG", Image.new("RGB", (2_000, 1_000)), progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(TooLarge, match="scans"):
         decode_image(data[:-2] + scan * 600 + b"\xff\xd9", LIMITS)
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
 
 
 def test_the_limits_are_the_caller_s() -> None:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
+import pybase64
 import pytest
 
 from encode_server.errors import BadMedia, Forbidden, TooLarge
@@ -122,24 +123,29 @@ def test_inline_media_have_a_size_limit() -> None:
             fetch(url, limits=limits)
 
 
-def test_large_base64_leaves_the_loop_free() -> None:
+def test_large_base64_leaves_the_loop_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded in another thread, in pieces: each holds the interpreter lock to its end."""
     text = base64.b64encode(bytes(40 << 20)).decode()
+    lengths: list[int] = []
+    threads: set[int] = set()
+    whole = pybase64.b64decode
 
-    async def run() -> float:
+    def noted(piece: str, validate: bool) -> bytes:
+        lengths.append(len(piece))
+        threads.add(threading.get_ident())
+        return whole(piece, validate=validate)
+
+    monkeypatch.setattr(pybase64, "b64decode", noted)
+
+    async def run() -> None:
         source = MediaSource([], [], MediaLimits(), executor)
-        task = asyncio.create_task(source.fetch(text))
-        worst = 0.0
-        while not task.done():
-            start = time.perf_counter()
-            await asyncio.sleep(0.001)
-            worst = max(worst, time.perf_counter() - start)
-        assert len(task.result()) == 40 << 20
+        assert len(await source.fetch(text)) == 40 << 20
         await source.aclose()
-        return worst
 
     with ThreadPoolExecutor(1) as executor:
-        # Generous, because other processes share the cores; decoding in one piece takes longer than this.
-        assert asyncio.run(run()) < 0.1
+        asyncio.run(run())
+    assert sum(lengths) == len(text) and max(lengths) <= 1 << 20
+    assert threading.get_ident() not in threads
 
 
 # http
@@ -239,7 +245,7 @@ def test_a_server_that_takes_its_time_holds_nothing(server: WebServer, path: str
     start = time.monotonic()
     with pytest.raises(BadMedia, match=r"did not arrive within 0\.3 s"):
         fetch(f"http://127.0.0.1:{server.port}/{path}", limits=MediaLimits(fetch_seconds=0.3))
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # the server goes on for a minute
 
 
 def test_a_name_server_that_never_answers_holds_nothing() -> None:
@@ -368,11 +374,9 @@ Make = Callable[[Path], str]
     ],
 )
 def test_what_is_not_a_regular_file_below_a_root_is_forbidden(root: Path, make: Make) -> None:
-    start = time.monotonic()
     with pytest.raises(Forbidden) as caught:
         fetch(make(root), roots=[root])
     assert str(root.parent) not in caught.value.message
-    assert time.monotonic() - start < 2
 
 
 @pytest.mark.parametrize("rest", ["missing", "a%00b", "deep%20er/a.bin/x", "x?y=z"])
@@ -412,12 +416,16 @@ def test_a_link_swapped_in_meanwhile_is_not_followed(root: Path) -> None:
     files = FileRoots([root])
     thread = threading.Thread(target=swap)
     thread.start()
+    read = refused = 0
+    deadline = time.monotonic() + 60
     try:
-        for _ in range(1000):
+        while (read + refused < 1000 or not (read and refused)) and time.monotonic() < deadline:
             try:
                 assert files.read(str(path), MediaLimits()) == BODY
+                read += 1
             except (Forbidden, BadMedia):
-                pass
+                refused += 1
+        assert read and refused
     finally:
         over.set()
         thread.join()

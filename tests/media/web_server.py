@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -44,13 +43,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"1\r\nx\r\n" * int(rest) + b"0\r\n\r\n")
 
     def do_trickle(self, rest: str) -> None:
-        self._head(200, ("Content-Length", "1000"))
-        for _ in range(200):
+        self._head(200, ("Content-Length", "1000000"))
+        while not self.server.over.wait(0.02):
             self.wfile.write(b"x")
-            time.sleep(0.02)
 
     def do_silence(self, rest: str) -> None:
-        self.server.over.wait(5)
+        self.server.over.wait(60)
 
     def do_short(self, rest: str) -> None:
         self._head(200, ("Content-Length", "1000"))
@@ -82,6 +80,7 @@ class WebServer(ThreadingHTTPServer):
     """`port`, and in `seen` the Host header and path of every request."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -16,7 +16,7 @@ Jobs = Mapping[str, tuple[Path, Mapping[Modality, Sequence[Mapping[str, torch.Te
 
 
 def encode_with_ranks(
-    jobs: Jobs, world: int, scratch: Path, *, timeout_s: float = 120
+    jobs: Jobs, world: int, scratch: Path, *, timeout_s: float = 220
 ) -> list[dict[str, torch.Tensor]]:
     """Per rank: `name/modality/item` → embedding."""
     inputs = {

@@ -151,12 +151,14 @@ def test_nothing_of_the_language_model_is_read(copy: Path) -> None:
     _write_sparse(copy / "model.safetensors", encoder, {"model.language_model.embed_tokens.weight": 2 << 30})
     assert (copy / "model.safetensors").stat().st_size > 2 << 30
     code = f"""
-import resource
+import re
 from encode_server.models.encoder import load_encoder
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def most():  # not ru_maxrss, which begins with that of the process that started this one
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = most()
 info = load_encoder({str(copy)!r}, device="cpu", dtype="float32", rank=0, world=1).info
-print(info.weight_bytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(info.weight_bytes, (most() - before) * 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -249,7 +251,7 @@ def _assert_same_weights(path: Path, other: Path) -> None:
         load_encoder(str(directory), device="cpu", dtype="float32", rank=0, world=1).forward(Modality.IMAGE, [item])
         for directory in (path, other)
     )
-    assert torch.equal(got, want)
+    torch.testing.assert_close(got, want)
 
 
 def test_the_light_half_imports_neither_torch_nor_transformers() -> None:

@@ -104,7 +104,7 @@ def test_sounds_for_omni_are_the_frames_its_mask_keeps(checkpoints: Checkpoints,
     prepared = _preprocessor(checkpoints, "qwen2_5_omni_thinker").prepare(Modality.AUDIO, samples.wav(seconds))
     inputs = audio_inputs(checkpoints.path("qwen2_5_omni_thinker"), samples.samples(seconds))
     frames = int(inputs["attention_mask"].sum())
-    assert torch.equal(prepared.tensors["input_features"], inputs["input_features"][0, :, :frames])
+    _same_sound(prepared.tensors["input_features"], inputs["input_features"][0, :, :frames])
     assert prepared.cost == prepared.extra["mel_frames"] == frames
 
 
@@ -113,7 +113,7 @@ def test_sounds_for_qwen2_audio_are_without_the_padding(checkpoints: Checkpoints
     prepared = _preprocessor(checkpoints, "qwen2_audio").prepare(Modality.AUDIO, samples.wav(seconds))
     inputs = audio_inputs(checkpoints.path("qwen2_audio"), samples.samples(seconds))
     frames = int(inputs["attention_mask"].sum())
-    assert torch.equal(prepared.tensors["input_features"], inputs["input_features"][0, :, : frames + 2])
+    _same_sound(prepared.tensors["input_features"], inputs["input_features"][0, :, : frames + 2])
     assert prepared.cost == prepared.extra["mel_frames"] == frames
 
 
@@ -129,6 +129,11 @@ def test_a_sound_too_short_for_a_token_is_followed_by_silence(checkpoints: Check
     for name in ("qwen2_5_omni_thinker", "qwen2_audio"):
         prepared = _preprocessor(checkpoints, name).prepare(Modality.AUDIO, samples.wav(0.01))
         assert (prepared.tokens, prepared.extra["mel_frames"]) == (1, 3)
+
+
+def _same_sound(found: torch.Tensor, expected: torch.Tensor) -> None:
+    # Not to the bit: a product of another length may be summed up in another order.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", QWEN)

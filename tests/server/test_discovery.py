@@ -11,7 +11,7 @@ from encode_server.errors import StartupError
 from tests.server.prefill_standin import Bootstrap
 
 
-async def until(condition, timeout_s: float = 5):
+async def until(condition, timeout_s: float = 30):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -22,6 +22,7 @@ async def until(condition, timeout_s: float = 5):
 def impatient(monkeypatch):
     monkeypatch.setattr(discovery, "CHECK_S", 0.1)
     monkeypatch.setattr(discovery, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr(discovery, "WITHDRAW_S", 10.0)
 
 
 def test_only_while_ready_and_again_when_forgotten():
@@ -56,9 +57,8 @@ def test_one_that_is_down_holds_back_neither_the_others_nor_the_end():
             announcer = Announcer([f"http://127.0.0.1:{port}", bootstrap.url], "https", "::1", lambda: True)
             announcer.start(1)
             await until(lambda: bootstrap.urls == ["https://[::1]:1"])
-            started = time.monotonic()
-            await announcer.aclose()
-            assert time.monotonic() - started < 4 and not bootstrap.urls
+            await asyncio.wait_for(announcer.aclose(), 9)
+            assert not bootstrap.urls
 
     asyncio.run(scenario())
 

@@ -88,18 +88,23 @@ def test_deadline(server, picture):
 
 
 def test_nothing_is_kept_after_errors(server, picture):
-    """Every arena slot comes back: whatever the tests before this one did."""
+    """Every arena slot comes back: whatever the tests before this one did, and who leaves in the middle."""
 
     def used() -> float:
-        lines = httpx.get(server.base_url + "/metrics").text.splitlines()
-        return float(next(line for line in lines if line.startswith("encode_arena_used_bytes")).split()[1])
+        return metric(server, "encode_arena_used_bytes")
 
-    post(server, image_body(picture(900, 900), timeout_s=0.01))
-    for _ in range(100):
-        if used() == 0:
-            break
-        httpx.get(server.base_url + "/livez")
-    assert used() == 0
+    body = image_body(picture(1200, 1200))
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(timeout=60) as client:
+            asking = asyncio.create_task(client.post(server.base_url + "/encode", json=body))
+            while not await asyncio.to_thread(used):
+                assert not asking.done()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert eventually(lambda: used() == 0)
 
 
 def test_unknown_paths_and_methods_are_errors_like_all_others(server):

@@ -11,7 +11,7 @@ import pytest
 from encode_server.client import EncodeClient, EncodeServerError
 from tests.live import LiveServer, eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FAULTS = str(Path(__file__).parents[2] / "benchmarks" / "faults")
 SIZE = {"kill": (364, 28), "hang": (392, 28), "memory": (420, 28), "error": (448, 28)}
@@ -29,7 +29,7 @@ async def encode_all(server, media):
         async def ask(item):
             while True:
                 try:
-                    return await client.encode([item], "image", timeout_s=100)
+                    return await client.encode([item], "image", timeout_s=300)
                 except EncodeServerError as error:
                     # Refused at the door while ranks restart: it has not been accepted, so ask again.
                     if error.status != 503 or error.retry_after is None or server.process.poll() is not None:
@@ -39,6 +39,13 @@ async def encode_all(server, media):
                     await asyncio.sleep(0.2)
 
         return await asyncio.gather(*map(ask, media), return_exceptions=True)
+
+
+async def until_in_work(server) -> None:
+    """Return once a batch is being encoded."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        while "\nencode_batches_in_flight 0.0\n" in (await client.get(server.base_url + "/metrics")).text:
+            pass
 
 
 def all_equal(results, reference, media) -> bool:
@@ -55,11 +62,11 @@ def test_work_in_flight_survives_the_death_of_a_rank(checkpoint, tmp_path, refer
 
         async def killed_meanwhile():
             encoding = asyncio.create_task(encode_all(server, media))
-            await asyncio.sleep(0.3)
+            await until_in_work(server)
             os.kill(server.rank_pids()[1], signal.SIGKILL)
-            await asyncio.sleep(0.5)
-            async with httpx.AsyncClient() as client:
-                health = await client.get(server.base_url + "/health", timeout=5)
+            async with httpx.AsyncClient(timeout=60) as client:
+                while (health := await client.get(server.base_url + "/health")).status_code != 503:
+                    assert not encoding.done()
             return health, await encoding
 
         health, results = asyncio.run(killed_meanwhile())
@@ -114,7 +121,7 @@ def test_too_many_restarts_end_the_process(checkpoint, tmp_path):
     with start(checkpoint, tmp_path / "s", "--max-restarts", "0", faults=False) as server:
         server.healthy()
         os.kill(server.rank_pids()[0], signal.SIGKILL)
-        assert server.process.wait(20) == 1
+        assert server.process.wait(60) == 1
         assert "encode-server: rank 0 exited with SIGKILL" in server.wait_for_log("encode-server: .*")[0]
         assert eventually(lambda: server.leftovers() == [])
 
@@ -126,7 +133,7 @@ def test_sigterm_lets_accepted_work_finish(checkpoint, tmp_path, reference, pict
 
         async def terminated_meanwhile():
             encoding = asyncio.create_task(encode_all(server, media))
-            await asyncio.sleep(0.5)
+            await until_in_work(server)
             server.process.send_signal(signal.SIGTERM)
             return await encoding
 
@@ -136,18 +143,18 @@ def test_sigterm_lets_accepted_work_finish(checkpoint, tmp_path, reference, pict
         # What was accepted is answered; what came too late was told so, or found the door closed.
         assert answered and all_equal([r for r, _ in answered], reference, [m for _, m in answered])
         assert all(not isinstance(r, EncodeServerError) or r.status == 503 for r in refused)
-        assert server.process.wait(30) == 0 and server.leftovers() == []
+        assert server.process.wait(60) == 0 and server.leftovers() == []
 
 
 def test_a_client_that_goes_away_frees_what_it_held(checkpoint, tmp_path, picture):
     with start(checkpoint, tmp_path / "s", faults=False) as server:
         server.healthy()
-        media = [picture(420, 420, seed) for seed in range(40)]
+        media = [picture(420, 420, seed) for seed in range(80)]
 
         async def leave():
             async with EncodeClient(server.base_url) as client:
                 tasks = [asyncio.create_task(client.encode([item], "image")) for item in media]
-                await asyncio.sleep(0.5)
+                await until_in_work(server)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -170,4 +177,4 @@ def test_a_client_that_goes_away_frees_what_it_held(checkpoint, tmp_path, pictur
         forwarded = [
             line for line in text.splitlines() if line.startswith("encode_stage_seconds_count") and "forward" in line
         ]
-        assert not forwarded or float(forwarded[0].split()[-1]) < 40  # most were dropped before their forward
+        assert not forwarded or float(forwarded[0].split()[-1]) < 80  # most were dropped before their forward

@@ -21,7 +21,7 @@ from tests.live import LiveServer, eventually
 from tests.server.prefill_standin import Bootstrap, PrefillRank
 
 TOLERANCE = 1e-4
-SEND_TIMEOUT = 3.0
+SEND_TIMEOUT = 8.0
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,22 @@ def post(live, path: str, document: dict, timeout: float = 60) -> httpx.Response
     return httpx.post(live.base_url + path, json=document, timeout=timeout)
 
 
+def get(live, path: str) -> httpx.Response:
+    return httpx.get(live.base_url + path, timeout=60)
+
+
 def register(live, req_id: str, rank: PrefillRank, count: int = 1) -> httpx.Response:
     document = {"req_id": req_id, "receive_count": count, "receive_url": rank.url, "modality": "IMAGE"}
     return post(live, "/scheduler_receive_url", document)
+
+
+def until_one_waits(live) -> None:
+    """An embedding is ready and its destination is not known."""
+    assert eventually(lambda: "\nencode_undelivered_bytes 0.0\n" not in metrics(live), 60)
+
+
+def metrics(live) -> str:
+    return get(live, "/metrics").text
 
 
 def distance(data, expected: np.ndarray) -> float:
@@ -187,6 +200,7 @@ def test_video_fps_is_for_items_that_do_not_choose():
 def test_registrations_in_every_order(live, rank, reference, when):
     """`during`: the second of two ranks comes while the first has its part already."""
     picture = png(7)
+    expected = reference.image(picture)
     req_id = f"order-{when}_local_part_0"
     with PrefillRank() as other, ThreadPoolExecutor(1) as pool:
         if when != "after":
@@ -195,11 +209,11 @@ def test_registrations_in_every_order(live, rank, reference, when):
             assert register(live, req_id, other, 2).json() is None
         encoding = pool.submit(post, live, "/encode", body(req_id, data_uri(picture)))
         if when == "during":
-            assert distance(rank.receive(), reference.image(picture)) <= TOLERANCE
+            assert distance(rank.receive(), expected) <= TOLERANCE
             assert not encoding.done()
             register(live, req_id, other, 2)
         elif when == "after":
-            time.sleep(1)
+            until_one_waits(live)
             assert not encoding.done()
             register(live, req_id, rank, 2)
             register(live, req_id, rank, 2)  # the same one again is the same one
@@ -207,8 +221,8 @@ def test_registrations_in_every_order(live, rank, reference, when):
         answer = encoding.result()
         assert answer.status_code == 200 and answer.json() is None
         if when != "during":
-            assert distance(rank.receive(), reference.image(picture)) <= TOLERANCE
-        assert distance(other.receive(), reference.image(picture)) <= TOLERANCE
+            assert distance(rank.receive(), expected) <= TOLERANCE
+        assert distance(other.receive(), expected) <= TOLERANCE
         assert rank.nothing_came() and other.nothing_came()
 
 
@@ -217,8 +231,8 @@ def test_nobody_comes(live):
     answer = post(live, "/encode", body("lonely", data_uri(png(8))))
     assert answer.status_code == 504 and "0 of no destinations" in answer.json()["message"]
     assert SEND_TIMEOUT - 0.2 < time.monotonic() - started < SEND_TIMEOUT + 10
-    metrics = httpx.get(live.base_url + "/metrics").text
-    assert "\nencode_undelivered_bytes 0.0\n" in metrics and "\nencode_registrations 0.0\n" in metrics
+    text = metrics(live)
+    assert "\nencode_undelivered_bytes 0.0\n" in text and "\nencode_registrations 0.0\n" in text
 
 
 def test_one_of_two_comes(live, rank):
@@ -237,7 +251,7 @@ def test_errors_go_to_whoever_registered(live, rank):
 
 def test_a_deadline_is_told_to_whoever_registered(live, rank):
     register(live, "slow", rank, 2)
-    answer = post(live, "/encode", body("slow", data_uri(png(10)), timeout_s=1))
+    answer = post(live, "/encode", body("slow", data_uri(png(10)), timeout_s=SEND_TIMEOUT / 2))
     assert answer.status_code == 504
     frames = [rank.receive(), rank.receive()]
     assert [frame.error_code for frame in frames] == [None, 504]
@@ -246,7 +260,7 @@ def test_a_deadline_is_told_to_whoever_registered(live, rank):
 def test_a_part_in_work_is_not_taken_again(live, rank):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, live, "/encode", body("twice", data_uri(png(11))))
-        time.sleep(0.5)
+        until_one_waits(live)
         again = post(live, "/encode", body("twice", data_uri(png(11))))
         assert again.status_code == 409 and again.json()["code"] == "duplicate"
         register(live, "twice", rank)
@@ -268,7 +282,7 @@ def test_200_parts_whose_rank_comes_late_arrive_once_each(live, rank):
                 asyncio.create_task(client.post("/encode", json=body(name, picture, num_parts=4, part_idx=i % 4)))
                 for i, (name, picture) in enumerate(zip(names, pictures, strict=True))
             ]
-            await asyncio.sleep(1.5)
+            await asyncio.to_thread(until_one_waits, live)
             registrations = [
                 {"req_id": name, "receive_count": 1, "receive_url": rank.url, "modality": "IMAGE"} for name in names
             ]
@@ -292,7 +306,7 @@ def test_waiting_embeddings_are_bounded(live, rank):
     large = data_uri(png(13, 1120))  # most of the 1 MiB that may wait
     with ThreadPoolExecutor(4) as pool:
         encodes = [pool.submit(post, live, "/encode", body(f"big-{i}", large)) for i in range(4)]
-        assert eventually(lambda: sum(e.done() for e in encodes) == 3, 30)
+        assert eventually(lambda: sum(e.done() for e in encodes) >= 3, 30)
         for i in range(4):
             register(live, f"big-{i}", rank)
         answers = [e.result() for e in encodes]
@@ -306,8 +320,8 @@ def test_waiting_embeddings_are_bounded(live, rank):
 
 def test_profiles_are_traces_of_all_ranks_in_the_operators_directory(live, tmp_path):
     assert post(live, "/start_profile", {"output_dir": str(tmp_path)}).status_code == 403
-    assert httpx.get(live.base_url + "/stop_profile").status_code == 400
-    assert httpx.get(live.base_url + "/start_profile").status_code == 200
+    assert get(live, "/stop_profile").status_code == 400
+    assert get(live, "/start_profile").status_code == 200
     assert post(live, "/start_profile", {}).status_code == 400
     post(live, "/encode", {"mm_items": [data_uri(png(14))], "modality": "image"})
     files = post(live, "/stop_profile", {}, timeout=60).json()["files"]
@@ -318,8 +332,8 @@ def test_profiles_are_traces_of_all_ranks_in_the_operators_directory(live, tmp_p
     assert post(live, "/start_profile", {"num_steps": 1}).status_code == 200
     post(live, "/encode", {"mm_items": [data_uri(png(15))], "modality": "image"})
     assert eventually(lambda: len(list(live.traces.iterdir())) == 4)
-    assert "no profile is running" in httpx.get(live.base_url + "/stop_profile").json()["message"]
-    assert httpx.get(live.base_url + "/health").status_code == 200
+    assert "no profile is running" in get(live, "/stop_profile").json()["message"]
+    assert eventually(lambda: get(live, "/health").status_code == 200)
 
 
 def test_no_directory_no_profiles(server):
