@@ -57,9 +57,25 @@ class Supervisor:
         self._group: RankGroup | None = None
         self._restarts = Restarts(options.restarts, options.window_s)
         self._changed = asyncio.Event()
-        self.state = EngineState.LOADING
-        self.reason = "the ranks are loading"
+        self._state, self._reason = EngineState.LOADING, "the ranks are loading"
         self.info: m.EncoderInfo | None = None
+
+    @property
+    def state(self) -> EngineState:
+        """Where the engine is; restarting from the moment on at which its ranks are lost."""
+        return EngineState.RESTARTING if self._lost is not None else self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready; empty when it is."""
+        return self._lost or self._reason
+
+    @property
+    def _lost(self) -> str | None:
+        """Why the ranks that were ready are lost, before `run` has come to it."""
+        if self._state is EngineState.READY and self._group is not None and self._group.lost.done():
+            return self._group.lost.result()
+        return None
 
     @property
     def restarts(self) -> int:
@@ -78,7 +94,7 @@ class Supervisor:
     @property
     def ready(self) -> bool:
         """Whether forwards can be sent."""
-        return self.state is EngineState.READY and self._group is not None and not self._group.lost.done()
+        return self.state is EngineState.READY
 
     async def wait_ready(self) -> m.EncoderInfo:
         """Return once forwards can be sent. Raises GroupLost when they never will be again."""
@@ -162,7 +178,7 @@ class Supervisor:
         return group.lost.result()
 
     def _set(self, state: EngineState, reason: str) -> None:
-        self.state, self.reason = state, reason
+        self._state, self._reason = state, reason
         self._changed.set()
         self._changed = asyncio.Event()
 

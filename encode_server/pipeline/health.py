@@ -57,7 +57,7 @@ class HealthProbe:
     async def check(self) -> Verdict:
         """Judge by progress when a forward is in flight, else encode each modality the model has."""
         if not self._engine.ready:
-            return self._verdict(self._engine.reason or "the ranks are not ready")
+            return self._verdict(self._engine.reason)
         if self._probe is None:
             if self._forward_age() is not None:
                 return self._by_progress()
