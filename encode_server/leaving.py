@@ -12,7 +12,7 @@ from typing import NoReturn
 def leave(status: int) -> NoReturn:
     """End the process now, with everything it owns already released.
 
-    Python's own end would first wait for threads that decode, write or import, which nobody can interrupt, and then
+    Python's own end would first wait for threads that decode or import, which nobody can interrupt, and then
     take torch apart for a second or two.
     """
     logging.shutdown()

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -169,15 +168,14 @@ async def test_cancelling_closes_the_connection_and_leaves_the_client_usable(ser
 
 
 async def test_nobody_listening_is_unreachable_and_quick() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    begun = time.monotonic()
-    async with EncodeClient(f"http://127.0.0.1:{port}") as client:
-        with pytest.raises(ServerUnreachable, match=str(port)):
-            await client.encode([PNG], "image")
-        with pytest.raises(ServerUnreachable):
-            await client.health()
-    assert time.monotonic() - begun < 5
+    with socket.socket() as bound:  # and does not listen
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        async with asyncio.timeout(30), EncodeClient(f"http://127.0.0.1:{port}") as client:
+            with pytest.raises(ServerUnreachable, match=str(port)):
+                await client.encode([PNG], "image")
+            with pytest.raises(ServerUnreachable):
+                await client.health()
 
 
 def test_importing_the_client_loads_nothing_heavy() -> None:

@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import contextlib
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ import pybase64
 import pytest
 
 from encode_server.errors import BadMedia, Forbidden, TooLarge
+from encode_server.media import web
 from encode_server.media.files import FileRoots
 from encode_server.media.limits import MediaLimits
 from encode_server.media.sources import MediaSource
@@ -210,11 +212,23 @@ def test_rebinding_gains_nothing(server: WebServer) -> None:
     assert "127.0.0" not in caught.value.message
 
 
-def test_a_dead_address_leaves_time_for_the_next(server: WebServer) -> None:
+def test_a_dead_address_leaves_time_for_the_next(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "_CONNECT_SECONDS", 0.5)
+
     async def resolve(host: str, port: int) -> list[str]:
         return ["127.0.0.9", "127.0.0.1"]
 
-    assert fetch(f"http://two.test:{server.port}/ok", allow=["127.0.0.0/8"], resolve=resolve) == BODY
+    with contextlib.ExitStack() as stack:
+        # It listens and accepts nobody: once its queue is full it does not answer, as an address without a host.
+        dead = stack.enter_context(socket.create_server(("127.0.0.9", server.port), backlog=1))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                waiting.connect(dead.getsockname())
+        started = time.monotonic()
+        assert fetch(f"http://two.test:{server.port}/ok", allow=["127.0.0.0/8"], resolve=resolve) == BODY
+        assert time.monotonic() - started >= 0.5, "the first was waited for"
 
 
 @pytest.mark.parametrize(
