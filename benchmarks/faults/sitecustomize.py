@@ -14,11 +14,13 @@ KILL = [1, 2, 26]  # 364 x 28 pixels: the rank dies
 HANG = [1, 2, 28]  # 392 x 28 pixels: the forward never ends
 MEMORY = [1, 2, 30]  # 420 x 28 pixels: the device is too small for a batch of more than two of these
 ERROR = [1, 2, 32]  # 448 x 28 pixels: the forward raises
+ALONE = [1, 2, 34]  # 476 x 28 pixels: as MEMORY, on the first rank of several alone
 
 
 def _faulty(forward):
     def run(self, modality, items):
         import torch
+        import torch.distributed
 
         grids = [item["grid_thw"].tolist() for item in items if "grid_thw" in item]
         if KILL in grids:
@@ -27,6 +29,8 @@ def _faulty(forward):
             time.sleep(3600)
         if grids.count(MEMORY) > 2:
             raise torch.OutOfMemoryError("out of memory, as the test wants it")
+        if grids.count(ALONE) > 2 and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            raise torch.OutOfMemoryError("out of memory on one rank, as the test wants it")
         if ERROR in grids:
             raise RuntimeError("an error, as the test wants it")
         return forward(self, modality, items)

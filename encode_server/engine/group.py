@@ -23,18 +23,19 @@ from encode_server.engine.rundir import RunDirectory
 from encode_server.errors import StartupError
 from encode_server.modality import Modality
 
+PEERS_S = 2.0  # after a rank's failure those that fail too have said so; one that has not waits in a collective
 LAST_WORDS_S = 0.2  # what a rank that has ended says of why may still be on its way
 
 
 class GroupLost(Exception):
     """The ranks died, hang or stopped making sense. What was in flight has not been delivered.
 
-    `suspect`: this was a command being executed, so it may be the cause.
+    `suspect`: this was a command being executed, so it may be the cause. `out_of_memory`: it is, for lack of memory.
     """
 
-    def __init__(self, reason: str, *, suspect: bool = False) -> None:
+    def __init__(self, reason: str, *, suspect: bool = False, out_of_memory: bool = False) -> None:
         super().__init__(reason)
-        self.suspect = suspect
+        self.suspect, self.out_of_memory = suspect, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -244,15 +245,27 @@ class RankGroup:
             self.fail(f"rank {done.rank} acknowledged command {done.seq}, which is not in flight")
             return
         pending.done[done.rank] = done
-        if len(pending.done) == len(self._ranks):
-            if len({bool(one.error) for one in pending.done.values()}) > 1:
-                # Some left the forward before its last collective, so the next one's would be paired wrongly.
-                self.fail(f"command {done.seq} failed on some ranks only: {_first_error(pending.done)}")
-                return
+        if len(pending.done) < len(self._ranks):
+            if done.error:
+                asyncio.get_running_loop().call_later(PEERS_S, self._fail_divided, pending)
+        elif len({bool(one.error) for one in pending.done.values()}) > 1:
+            self._fail_divided(pending)
+        else:
             del self._pending[done.seq]
             self._note_started()
             if not pending.future.done():
                 pending.future.set_result([pending.done[index] for index in sorted(pending.done)])
+
+    def _fail_divided(self, pending: _Pending) -> None:
+        """Some ranks left the command before its last collective: the next one's would be paired wrongly."""
+        if self.lost.done() or pending.command.seq not in self._pending:
+            return
+        reason = f"command {pending.command.seq} failed on some ranks only: {_first_error(pending.done)}"
+        if not pending.future.done():
+            out_of_memory = any(one.out_of_memory for one in pending.done.values())
+            pending.future.set_exception(GroupLost(reason, suspect=True, out_of_memory=out_of_memory))
+            pending.future.exception()
+        self.fail(reason)
 
     def _note_started(self) -> None:
         """The ranks start commands in the order sent, so many at once."""

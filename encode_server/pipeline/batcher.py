@@ -194,13 +194,17 @@ class Batcher:
         if lost.suspect:
             for work in batch:
                 work.failures += 1
-        if not lost.suspect or max(work.failures for work in batch) < MAX_FAILURES:
+        if lost.out_of_memory:
+            self._lower_budget(batch)
+        elif not lost.suspect or max(work.failures for work in batch) < MAX_FAILURES:
             self._again(batch)
-        elif len(batch) > 1:
+            return
+        if len(batch) > 1:
             self._halve(batch)
         else:
             # Its slots go back when it is taken from the retries: by then the ranks that may write there are gone.
-            batch[0].placement.work_failed(EncodeFailed("the ranks died on this item, repeatedly"))
+            why = "the encoder failed on this item" if lost.out_of_memory else "the ranks died on this item, repeatedly"
+            batch[0].placement.work_failed(EncodeFailed(why))
             self._again(batch)
 
     def _halve(self, batch: list[Work]) -> None:

@@ -14,7 +14,7 @@ from tests.live import LiveServer, eventually
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 FAULTS = str(Path(__file__).parents[2] / "benchmarks" / "faults")
-SIZE = {"kill": (364, 28), "hang": (392, 28), "memory": (420, 28), "error": (448, 28)}
+SIZE = {"kill": (364, 28), "hang": (392, 28), "memory": (420, 28), "error": (448, 28), "alone": (476, 28)}
 
 
 def start(checkpoint, tmp, *options, faults=True):
@@ -104,6 +104,16 @@ def test_out_of_memory_splits_the_batch(checkpoint, tmp_path, reference, picture
         (rank,) = server.rank_pids()
         assert "out of memory" in server.log and "restarting" not in server.log
         assert os.path.exists(f"/proc/{rank}")  # noqa: PTH110
+
+
+def test_out_of_memory_on_one_rank_is_not_waited_for(checkpoint, tmp_path, reference, picture):
+    """The other rank waits in a collective for the one that has failed; the batch was too large, and is split."""
+    media = [picture(*SIZE["alone"], seed) for seed in range(12)]
+    with start(checkpoint, tmp_path / "s", "--tp", "2") as server:
+        server.healthy()
+        assert all_equal(asyncio.run(encode_all(server, media)), reference, media)
+        assert "failed on some ranks only" in server.log and "hang" not in server.log
+        assert "batches are now at most" in server.log
 
 
 def test_an_error_of_one_item_spares_the_batch(checkpoint, tmp_path, reference, picture):
