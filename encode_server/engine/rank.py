@@ -229,6 +229,7 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
             store=dist.FileStore(f"/proc/self/fd/{command.store_fd}", command.world),  # type: ignore[attr-defined]
             rank=command.rank,
             world_size=command.world,
+            device_id=None if device == "cpu" else torch.device(device),  # connect now, not in the first forward
         )
     progress("loading weights")
     from encode_server.models.encoder import load_encoder
@@ -240,6 +241,8 @@ def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
         rank=command.rank,
         world=command.world,
     )
+    if device != "cpu":
+        ctypes.CDLL(None).malloc_trim(0)  # of the weights' way to the device: what was freed is kept otherwise
     info = encoder.info
     if command.world == 1:
         at_once = min(command.threads, ON_A_CPU) if device == "cpu" else ON_A_GPU

@@ -68,6 +68,8 @@ def segment_attention(
     Layers without segments (padded batches) get plain scaled-dot-product attention.
     """
     if cu_seq_lens_q is None:
+        if attention_mask is None and _has_flash(query):
+            return _flash(query, key, value, scaling).transpose(1, 2), None
         output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
         return output.transpose(1, 2), None
     layout = next((known for known in segments if known.cu_seqlens is cu_seq_lens_q), None)
@@ -110,10 +112,20 @@ def _batched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int, scal
 
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, scaling: float | None) -> torch.Tensor:
-    """[tokens, heads, dim] each; torch's flash kernel over packed segments."""
-    from torch.nn.attention.varlen import varlen_attn
+    """[tokens, heads, dim] each; torch's flash kernel over packed segments.
 
+    By its operator: `torch.nn.attention.varlen.varlen_attn` of torch 2.15 prefers cuDNN on Hopper and Blackwell, which
+    plans anew for every new number of tokens or segments, for tens of milliseconds, and keeps every plan. Batches of
+    pictures hardly ever repeat both.
+    """
     cu, longest = layout.cu_seqlens, layout.longest
-    output = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu, cu, longest, longest, scale=scaling)
-    assert isinstance(output, torch.Tensor)
+    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu, cu, longest, longest, 0.0, False, False, scale=scaling
+    )[0]
+    return output
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """[batch, heads, tokens, dim] each; by its operator for the same reason."""
+    output: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scaling)[0]
     return output

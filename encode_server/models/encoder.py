@@ -16,7 +16,7 @@ from encode_server.models.attention import use_segment_attention
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
-from encode_server.models.linear import pack_linears, replace_patch_convolutions
+from encode_server.models.linear import align_mlps, pack_linears, replace_patch_convolutions
 from encode_server.models.parallel import shard
 from encode_server.models.registry import check_tp, summarize
 from encode_server.models.weights import load_model, quiet
@@ -62,10 +62,12 @@ def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: in
     model: Any = load_model(
         model_class, config, checkpoint, rename=family.rename, required=family.required, dtype=DTYPES[dtype]
     )
+    target = torch.device(device)
+    if target.type == "cuda":
+        align_mlps(model, world)
     shard(model, family.plan, rank=rank, world=world)
     use_segment_attention(model)
     replace_patch_convolutions(model)
-    target = torch.device(device)
     model = model.to(target)
     info = EncoderInfo(
         model_type=checkpoint.model_type,

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from torch.nn import functional
 
 WORTH_PACKING = 1 << 17  # elements of a weight: below, a call of oneDNN's costs more than its product saves
 PACKED_FOR = 1024  # rows a weight is laid out for; products of more or fewer rows are as right
+
+
+ALIGNED = 16  # elements: rows of a half-precision weight then begin at multiples of 32 bytes
+_MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
 
 
 class PackedLinear(nn.Module):
@@ -52,6 +59,33 @@ def replace_patch_convolutions(model: nn.Module) -> None:
         convolution = getattr(module, "proj", None)
         if name.rpartition(".")[2] == "patch_embed" and isinstance(convolution, nn.Conv3d):
             model.set_submodule(name, PatchEmbedding(convolution))
+
+
+def align_mlps(model: nn.Module, world: int) -> None:
+    """Widen the MLPs of `model` with zeros, until each of `world` ranks keeps a multiple of `ALIGNED` of the width.
+
+    A GPU multiplies fast only what is aligned in memory, and Qwen2.5-VL's width is 3420. Activations of zero are zero
+    and meet weights of zero, so nothing changes but the order in which sums are taken.
+    """
+    for module in list(model.modules()):
+        for names_in, name_out in _MLPS:
+            found = [getattr(module, name, None) for name in (*names_in, name_out)]
+            linears = [linear for linear in found if isinstance(linear, nn.Linear)]
+            if len(linears) == len(found):
+                *into, out = linears
+                _widen(into, out, -out.in_features % (ALIGNED * world))
+
+
+def _widen(into: Sequence[nn.Linear], out: nn.Linear, extra: int) -> None:
+    if not extra or any(linear.out_features != out.in_features for linear in into):
+        return
+    for linear in into:
+        linear.weight = nn.Parameter(functional.pad(linear.weight.detach(), (0, 0, 0, extra)), requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(functional.pad(linear.bias.detach(), (0, extra)), requires_grad=False)
+        linear.out_features += extra
+    out.weight = nn.Parameter(functional.pad(out.weight.detach(), (0, extra)), requires_grad=False)
+    out.in_features += extra
 
 
 def pack_linears(model: nn.Module) -> None:

@@ -42,6 +42,6 @@ def unpack(items: Sequence[Item], config: Any, device: torch.device, dtype: torc
     patches = gather(items, "pixel_values", device, torch.uint8 if "mean" in items[0] else dtype)
     if "mean" not in items[0]:
         return patches
-    mean, std = (items[0][name].to(device)[None, :, None, None] for name in ("mean", "std"))
+    mean, std = (items[0][name].to(device, non_blocking=True)[None, :, None, None] for name in ("mean", "std"))
     values = patches.view(len(patches), mean.shape[1], -1, int(config.patch_size) ** 2).float().sub_(mean).div_(std)
     return values.expand(-1, -1, int(config.temporal_patch_size), -1).reshape(len(patches), -1).to(dtype)

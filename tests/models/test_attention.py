@@ -68,3 +68,11 @@ def test_flash_kernel_agrees() -> None:
         nn.Identity(), q, k, v, None, scaling=0.3, cu_seq_lens_q=layout.cu_seqlens, segments=(layout,)
     )
     torch.testing.assert_close(got.float(), _one_by_one(q.float(), k.float(), v.float()), atol=0.02, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the flash kernel needs a GPU")
+def test_flash_kernel_agrees_on_padded_batches() -> None:
+    q, k, v = (torch.randn(3, 2, 17, 64, device="cuda").bfloat16() for _ in range(3))
+    got, _ = segment_attention(nn.Identity(), q, k, v, None, scaling=0.3)
+    want = torch.softmax(q.float() @ k.float().mT * 0.3, dim=-1) @ v.float()
+    torch.testing.assert_close(got.float(), want.transpose(1, 2), atol=0.02, rtol=0)
