@@ -84,11 +84,12 @@ def _parallel(
         runs.append(("nccl", 1, "cuda:0"))
         runs += [("nccl", world, "cuda") for world in (2, 4, 8) if torch.cuda.device_count() >= world]
     for backend, world, where in runs:
-        embeddings, facts = run_ranks(path, items, where, "float32", backend, world)
-        note = f"joined in {facts['join_s']:.1f} s"
-        yield Check(
-            f"{name}: fp32, {world} rank(s) over {backend}", relative_error(embeddings, expected), FLOAT32, note
-        )
+        try:
+            embeddings, facts = run_ranks(path, items, where, "float32", backend, world)
+            error, note = relative_error(embeddings, expected), f"joined in {facts['join_s']:.1f} s"
+        except (RuntimeError, subprocess.TimeoutExpired) as failure:  # the others may work
+            error, note = float("inf"), str(failure)
+        yield Check(f"{name}: fp32, {world} rank(s) over {backend}", error, FLOAT32, note)
 
 
 @torch.inference_mode()

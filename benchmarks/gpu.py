@@ -37,6 +37,9 @@ from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES
 from encode_server.models.preprocess import Preprocessor
 
+SLOW_S = 1.0  # a batch that takes longer is not tried larger
+STOP_S = 60.0  # that what has begun may take beyond the time
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -78,12 +81,23 @@ class Run:
     folder: Path
     ends: float
     console: Console
+    file: Path | None
     found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dtype(self) -> str:
         """bf16 is what a GPU is asked for; a CPU that only tries the script out may not multiply it."""
         return "bfloat16" if self.device == "cuda" else "float32"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until nothing new is begun."""
+        return max(0.0, self.ends - time.monotonic())
+
+    def save(self) -> None:
+        """Write what was found so far, for whoever is cut off later."""
+        if self.file is not None:
+            self.file.write_text(json.dumps(self.found, indent=1) + "\n")
 
     def late(self, what: str) -> bool:
         """Whether the time is up; says then what is left out."""
@@ -110,21 +124,23 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(
-            args.device, tiny_sizes() if args.tiny else real_sizes(), Path(folder), started + args.budget_s, console
-        )
-        good = _run(run)
-    run.found["seconds"] = time.monotonic() - started
+        sizes = tiny_sizes() if args.tiny else real_sizes()
+        run = Run(args.device, sizes, Path(folder), started + args.budget_s, console, args.json)
+        try:
+            good = _run(run)
+        finally:  # what was found before something failed is worth having
+            run.found["seconds"] = time.monotonic() - started
+            run.save()
     console.print(f"{run.found['seconds']:.0f} s in all")
-    if args.json:
-        args.json.write_text(json.dumps(run.found, indent=1) + "\n")
     return 0 if good else 1
 
 
 def _run(run: Run) -> bool:
     run.found["machine"] = machine(run.device)
     run.console.print(" · ".join(f"{name} {value}" for name, value in run.found["machine"].items()))
-    if not correctness(run):
+    right = correctness(run)
+    run.save()
+    if not right:
         run.console.print("the embeddings are wrong: nothing is timed")
         return False
     run.found["gemm_tflop_s"] = gemm = gemm_rate(run)
@@ -137,7 +153,9 @@ def _run(run: Run) -> bool:
         path = write_checkpoint(tower, run.folder / "full" / tower.model_type, dtype=run.dtype, device=run.device)
         run.found["towers"][name] = document = {"floors": floors(run, tower, path)}
         run.console.print(floors_table(name, document["floors"], gemm))
+        run.save()
         document["service"] = service(run, path, document["floors"])
+        run.save()
         run.console.print(service_table(name, document["service"]))
         failed += sum(slot["requests"] - slot["outcomes"].get("200", 0) for slot in document["service"].values())
         document["parallel"] = parallel(run, path)
@@ -193,7 +211,7 @@ def floors(run: Run, tower: Tower, path: Path) -> dict[str, dict[str, Any]]:
         batches = tuple(n for n in run.sizes.batches if n == 1 or n * tower.patches(side) <= run.sizes.patches)
         found[str(side)] = {"tflop": tower.tflop(side)}
         for kind, floor in kinds.items():
-            best = _best(floor, str(side), batches, run.sizes.seconds / 16)
+            best = _best(run, floor, str(side), batches)
             found[str(side)][kind] = best | {"tflop_s": best["items_per_s"] * tower.tflop(side)}
     del kinds, floor
     gc.collect()
@@ -202,30 +220,33 @@ def floors(run: Run, tower: Tower, path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _best(floor: Floor, what: str, batches: tuple[int, ...], seconds: float) -> dict[str, Any]:
-    """As `Floor.best`; a batch that doesn't fit ends the search."""
+def _best(run: Run, floor: Floor, what: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    """As `Floor.best`; a batch that doesn't fit ends the search, and so does one that takes long, or the time's end."""
     fitting: tuple[int, ...] = ()
     for batch in batches:
         try:
-            floor.measure(what, batch, 0.0)
+            tried = floor.measure(what, batch, 0.0)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             break
         fitting += (batch,)
+        if tried.seconds_per_batch > SLOW_S or run.left_s == 0:
+            break
     if not fitting:
         return {"items_per_s": 0.0, "batch": 0, "error": "out of memory"}
-    return floor.best(what, fitting, seconds)
+    return floor.best(what, fitting, run.sizes.seconds / 16)
 
 
 def service(run: Run, path: Path, floors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By picture size: the whole service over loopback HTTP, and how much of the time the device was busy."""
     found: dict[str, dict[str, Any]] = {}
     command = ["encode_server.cli", "serve", str(path), f"--device={run.device}", f"--dtype={run.dtype}"]
-    options = ["--rank-threads=1", f"--preproc-workers={os.cpu_count()}", "--log-level=warning"]
+    cores = min(64, len(os.sched_getaffinity(0)))
+    options = ["--rank-threads=1", f"--preproc-workers={cores}", "--log-level=warning"]
     sides = [side for side in run.sizes.service if str(side) in floors]
     if not sides or run.late("the service"):
         return found
-    with server([*command, *options]) as process:
+    with server([*command, *options], timeout_s=run.left_s + STOP_S) as process:
         for side in sides:
             if run.late(f"the service at {side}²"):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -22,8 +23,10 @@ class BusySampler:
         self._after, self._for = after_s, for_s
         self._process: subprocess.Popen[str] | None = None
         if device == "cuda" and (program := shutil.which("nvidia-smi")) is not None:
-            self._command = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--id=0"]
-            self._command.append(f"--loop-ms={INTERVAL_MS}")
+            self._command = [program, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+            # nvidia-smi counts all devices of the machine, also those that are hidden from CUDA.
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+            self._command += [f"--id={visible.split(',')[0]}", f"--loop-ms={INTERVAL_MS}"]
         else:
             self._command = []
 
