@@ -245,10 +245,11 @@ class RankGroup:
             self.fail(f"rank {done.rank} acknowledged command {done.seq}, which is not in flight")
             return
         pending.done[done.rank] = done
+        forward = isinstance(pending.command, m.Forward)
         if len(pending.done) < len(self._ranks):
-            if done.error:
+            if done.error and forward:
                 asyncio.get_running_loop().call_later(PEERS_S, self._fail_divided, pending)
-        elif len({bool(one.error) for one in pending.done.values()}) > 1:
+        elif forward and len({bool(one.error) for one in pending.done.values()}) > 1:
             self._fail_divided(pending)
         else:
             del self._pending[done.seq]
@@ -257,7 +258,7 @@ class RankGroup:
                 pending.future.set_result([pending.done[index] for index in sorted(pending.done)])
 
     def _fail_divided(self, pending: _Pending) -> None:
-        """Some ranks left the command before its last collective: the next one's would be paired wrongly."""
+        """Some ranks left the forward before its last collective: the next one's would be paired wrongly."""
         if self.lost.done() or pending.command.seq not in self._pending:
             return
         reason = f"command {pending.command.seq} failed on some ranks only: {_first_error(pending.done)}"
