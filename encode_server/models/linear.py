@@ -10,8 +10,6 @@ from torch.nn import functional
 
 WORTH_PACKING = 1 << 17  # elements of a weight: below, a call of oneDNN's costs more than its product saves
 PACKED_FOR = 1024  # rows a weight is laid out for; products of more or fewer rows are as right
-
-
 ALIGNED = 16  # elements: rows of a half-precision weight then begin at multiples of 32 bytes
 _MLPS = ((("gate_proj", "up_proj"), "down_proj"), (("fc1",), "fc2"), (("linear_fc1",), "linear_fc2"))
 

@@ -50,7 +50,7 @@ async def until(condition):
 
 def free(port: int) -> bool:
     try:
-        with socket.create_server(("127.0.0.1", port), reuse_port=False):
+        with socket.create_server(("127.0.0.1", port)):
             return True
     except OSError:
         return False

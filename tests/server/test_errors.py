@@ -93,17 +93,19 @@ def test_nothing_is_kept_after_errors(server, picture):
     def used() -> float:
         return metric(server, "encode_arena_used_bytes")
 
-    body = image_body(picture(1200, 1200))
-
-    async def leave() -> None:
+    async def leave(seed: int) -> bool:
+        """Whether it had an arena slot; the answer may be quicker than the look."""
+        body = image_body(picture(1200, 1200, seed))
         async with httpx.AsyncClient(timeout=60) as client:
             asking = asyncio.create_task(client.post(server.base_url + "/encode", json=body))
-            while not await asyncio.to_thread(used):
-                assert not asking.done()
+            while not (held := await asyncio.to_thread(used)) and not asking.done():
+                pass
+            in_time = bool(held) and not asking.done()
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
+            return in_time
 
-    asyncio.run(leave())
+    assert any(asyncio.run(leave(500 + attempt)) for attempt in range(20))
     assert eventually(lambda: used() == 0)
 
 
