@@ -32,10 +32,10 @@ from encode_server.bench.load import Load
 from encode_server.bench.media import jpeg
 from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES
 from encode_server.models.preprocess import Preprocessor
+from encode_server.wire.modality import Modality
 
 SLOW_S = 1.0  # a batch that takes longer is not tried larger
 STOP_S = 60.0  # that what has begun may take beyond the time

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from encode_server.modality import Modality
 from encode_server.models.encoder import load_encoder
+from encode_server.wire.modality import Modality
 
 
 def main() -> int:

@@ -17,11 +17,11 @@ from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api.answers import error_answer
-from encode_server.api.caller import CALLER_GONE, CallerGone
 from encode_server.api.routes import build_router
 from encode_server.api.schemas import openapi_components
 from encode_server.errors import EncodeError, NoRoute, StartupError
-from encode_server.server import Server
+from encode_server.runtime.caller import CALLER_GONE, CallerGone
+from encode_server.service.server import Server
 from encode_server.settings import Settings, load_settings
 from encode_server.telemetry import logs
 

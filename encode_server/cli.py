@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
-from encode_server.leaving import leave
 from encode_server.route.options import add_route_options, route_options
+from encode_server.runtime.leaving import leave
 from encode_server.settings import Settings, load_settings, option_name, variable_name
 
 

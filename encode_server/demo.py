@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.json import JSON
 from rich.table import Table
 
-from encode_server import demo_media
 from encode_server.client import EncodeClient
 from encode_server.errors import StartupError
-from encode_server.modality import Modality
+from encode_server.media import samples
 from encode_server.serve import serve
 from encode_server.settings import Settings
+from encode_server.wire.modality import Modality
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class _Tour:
         self._console.print("Ctrl-C ends it.")
 
     async def _show(self, base_url: str) -> None:
-        samples = (
-            _Sample(Modality.IMAGE, "generated picture", demo_media.picture()),
-            _Sample(Modality.VIDEO, "generated clip", demo_media.clip()),
-            _Sample(Modality.AUDIO, "generated sound", demo_media.sound()),
+        shown = (
+            _Sample(Modality.IMAGE, "generated picture", samples.picture()),
+            _Sample(Modality.VIDEO, "generated clip", samples.clip()),
+            _Sample(Modality.AUDIO, "generated sound", samples.sound()),
         )
         table = Table(title="What the encoder made of them")
         for column in ("modality", "input", "tokens × dim", "milliseconds"):
             table.add_column(column, justify="right" if column == "milliseconds" else "left")
         async with EncodeClient(base_url) as client:
-            for sample in samples:
+            for sample in shown:
                 started = time.perf_counter()
                 embedding = await client.encode([sample.media], sample.modality)
                 milliseconds = (time.perf_counter() - started) * 1000

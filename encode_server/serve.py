@@ -12,7 +12,7 @@ import uvloop
 
 from encode_server.app import create_app
 from encode_server.errors import StartupError
-from encode_server.listening import Uvicorn, bind, until_signalled
+from encode_server.runtime.listening import Uvicorn, bind, until_signalled
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 

@@ -14,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from encode_server.api.schemas import Answer, Delivered, ErrorAnswer
 from encode_server.errors import EncodeError
-from encode_server.pipeline.request import Encoded
-from encode_server.tensorfile import tensor_head
+from encode_server.wire.embedding import Encoded
+from encode_server.wire.tensorfile import tensor_head
 
 log = logging.getLogger(__name__)
 

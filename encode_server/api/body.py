@@ -12,12 +12,12 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from encode_server.api.raw import chunks, from_json, read_all
 from encode_server.api.schemas import EncodeBody, ItemBody
 from encode_server.errors import BadRequest, TooLarge
-from encode_server.models.prepared import ItemOptions
-from encode_server.pipeline.pools import run
 from encode_server.pipeline.request import MediaItem
+from encode_server.runtime.bodies import chunks, from_json, read_all
+from encode_server.runtime.pools import run
+from encode_server.wire.items import ItemOptions
 
 SMALL_JSON = 64 << 10  # decoded on the loop: less work than a change of threads
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop

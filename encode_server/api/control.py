@@ -10,10 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server.api.answers import JSON
-from encode_server.api.raw import read_small
 from encode_server.api.schemas import PositiveInt
 from encode_server.errors import BadRequest, Forbidden
-from encode_server.server import Server
+from encode_server.runtime.bodies import read_small
+from encode_server.service.server import Server
 
 
 class ReceiveUrl(msgspec.Struct):

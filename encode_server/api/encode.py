@@ -14,19 +14,20 @@ from starlette.responses import Response
 
 from encode_server.api import answers
 from encode_server.api.body import declared_length, read_encode
-from encode_server.api.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.api.schemas import EncodeBody
 from encode_server.delivery.base import Delivery, Part
 from encode_server.delivery.native import NativePush
-from encode_server.delivery.sglang import SGLangPush
+from encode_server.delivery.sglang.deliveries import SGLangPush
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, Forbidden, NotReady
-from encode_server.modality import Modality
 from encode_server.pipeline.admission import Ticket
-from encode_server.pipeline.pools import copy
-from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
-from encode_server.server import Server
+from encode_server.pipeline.request import EncodeRequest, MediaItem
+from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.runtime.pools import copy
+from encode_server.service.server import Server
 from encode_server.telemetry.cpu import counted
 from encode_server.telemetry.logs import log_request
+from encode_server.wire.embedding import Encoded
+from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
 

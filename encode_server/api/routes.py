@@ -14,7 +14,7 @@ from encode_server.api import answers
 from encode_server.api.control import add_control_routes
 from encode_server.api.encode import EncodeCall
 from encode_server.api.schemas import openapi_components
-from encode_server.server import Server
+from encode_server.service.server import Server
 
 
 def build_router(server: Server) -> APIRouter:

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from encode_server.delivery.frames import ItemInfo
 from encode_server.errors import BadRequest
-from encode_server.modality import Modality
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 

@@ -11,8 +11,8 @@ import io
 from dataclasses import dataclass, field
 from itertools import count
 
-from encode_server import demo_media
-from encode_server.modality import Modality
+from encode_server.media import samples
+from encode_server.wire.modality import Modality
 
 COUNTER_BYTES = 24
 
@@ -72,7 +72,7 @@ def jpeg(width: int, height: int, seed: int = 0) -> UniqueMedia:
 
 def mp4() -> UniqueMedia:
     """The demo's clip of two seconds, a `free` box at its end."""
-    data = demo_media.clip()
+    data = samples.clip()
     padding = -(len(data) + 8) % 3
     size = 8 + padding + COUNTER_BYTES
     return UniqueMedia(
@@ -82,7 +82,7 @@ def mp4() -> UniqueMedia:
 
 def wav() -> UniqueMedia:
     """The demo's sound of one and a half seconds, a chunk nobody knows before its samples."""
-    data = demo_media.sound()
+    data = samples.sound()
     riff = (int.from_bytes(data[4:8], "little") + 8 + COUNTER_BYTES + 2).to_bytes(4, "little")
     chunk = b"JUNK" + (COUNTER_BYTES + 2).to_bytes(4, "little")
     return UniqueMedia(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from encode_server.bench import media
 from encode_server.bench.media import UniqueMedia
 from encode_server.errors import StartupError
-from encode_server.modality import Modality
+from encode_server.wire.modality import Modality
 
 PICTURES = 8  # of each size: enough that no decoder profits from having just seen the same bits
 

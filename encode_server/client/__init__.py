@@ -21,8 +21,8 @@ from encode_server.client.http import Delivered, EncodeClient, Health
 from encode_server.client.media import Item, Media
 from encode_server.client.pool import EncoderPool, EncoderState
 from encode_server.client.receiver import EmbeddingReceiver
-from encode_server.delivery.frames import ItemInfo
-from encode_server.modality import Modality
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 
 __all__ = [
     "ClientError",

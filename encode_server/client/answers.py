@@ -6,9 +6,9 @@ import msgspec
 
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import EncodeServerError, ProtocolError
-from encode_server.delivery.frames import ItemInfo
-from encode_server.dtypes import FROM_SAFETENSORS
-from encode_server.modality import Modality
+from encode_server.wire.dtypes import FROM_SAFETENSORS
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 
 MAX_ERROR_TEXT = 300
 

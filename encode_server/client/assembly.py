@@ -9,7 +9,7 @@ import zmq
 
 from encode_server.client.embedding import Embedding, check_size, join
 from encode_server.client.errors import EncodeServerError, ProtocolError
-from encode_server.delivery.frames import EmbeddingHeader, decode_header
+from encode_server.wire.frames import EmbeddingHeader, decode_header
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_PARTS = 4096

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from encode_server.client.errors import ProtocolError
-from encode_server.delivery.frames import ItemInfo
-from encode_server.dtypes import ITEM_BYTES
-from encode_server.modality import Modality
+from encode_server.wire.dtypes import ITEM_BYTES
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 
 if TYPE_CHECKING:
     import numpy as np

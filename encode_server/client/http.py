@@ -14,8 +14,8 @@ from encode_server.client.answers import error_from, from_json, from_safetensors
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
 from encode_server.client.media import Media, items_json
-from encode_server.delivery.frames import ItemInfo
-from encode_server.modality import Modality
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 
 CONNECT_TIMEOUT_S = 5.0
 DEADLINE_MARGIN_S = 5.0

@@ -18,8 +18,8 @@ from encode_server.client.errors import EncodeServerError, ServerUnreachable
 from encode_server.client.http import EncodeClient
 from encode_server.client.media import Item, Media
 from encode_server.client.receiver import EmbeddingReceiver
-from encode_server.delivery.frames import ItemInfo
-from encode_server.modality import Modality
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from encode_server.errors import EncodeError
-from encode_server.modality import Modality
-from encode_server.pipeline.request import Encoded
+from encode_server.wire.embedding import Encoded
+from encode_server.wire.modality import Modality
 
 
 @dataclass(frozen=True)

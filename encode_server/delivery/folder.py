@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encode_server.errors import BadRequest, DeliveryFailed, StartupError, StoreFull
-from encode_server.tensorfile import expected_size
+from encode_server.wire.tensorfile import expected_size
 
 log = logging.getLogger(__name__)
 

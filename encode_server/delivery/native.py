@@ -6,11 +6,11 @@ from concurrent.futures import Executor
 from typing import Any
 
 from encode_server.delivery.base import Part
-from encode_server.delivery.frames import EmbeddingHeader, ErrorInfo, encode_header
 from encode_server.delivery.push import Pusher
 from encode_server.errors import EncodeError
-from encode_server.pipeline.pools import copy
-from encode_server.pipeline.request import Encoded
+from encode_server.runtime.pools import copy
+from encode_server.wire.embedding import Encoded
+from encode_server.wire.frames import EmbeddingHeader, ErrorInfo, encode_header
 
 
 class NativePush:

@@ -10,9 +10,9 @@ from concurrent.futures import Executor
 from encode_server.delivery.base import Part
 from encode_server.delivery.folder import EntryFolder, check_identifier
 from encode_server.errors import BadRequest, EncodeError
-from encode_server.pipeline.pools import run, run_to_end
-from encode_server.pipeline.request import Encoded, EncodedItem
-from encode_server.tensorfile import tensor_head
+from encode_server.runtime.pools import run, run_to_end
+from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.wire.tensorfile import tensor_head
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from encode_server.engine import messages as m
 from encode_server.engine.arena import Arena
 from encode_server.engine.launch import spawn_rank
-from encode_server.engine.rundir import RunDirectory
 from encode_server.errors import StartupError
-from encode_server.modality import Modality
+from encode_server.runtime.rundir import RunDirectory
+from encode_server.wire import ranks as m
+from encode_server.wire.modality import Modality
 
 PEERS_S = 2.0  # after a rank's failure those that fail too have said so; one that has not waits in a collective
 LAST_WORDS_S = 0.2  # what a rank that has ended says of why may still be on its way

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from encode_server.engine import messages as m
 from encode_server.engine.profiler import Profiler
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError
-from encode_server.leaving import leave
+from encode_server.runtime.leaving import leave
+from encode_server.wire import ranks as m
 
 if TYPE_CHECKING:
     import torch

@@ -9,12 +9,12 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 
-from encode_server.engine import messages as m
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupLost, GroupSpec, RankGroup
 from encode_server.engine.restarts import Restarts
 from encode_server.errors import StartupError
-from encode_server.modality import Modality
+from encode_server.wire import ranks as m
+from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encode_server.errors import StartupError
+from encode_server.errors import StartupError, first_line
 
 HUB_FILES = ("*.json", "*.jinja")
 """What is fetched from the hub beside the encoder's shards: configuration and processors, never code or pickles."""
@@ -145,7 +145,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise StartupError(f"model {name!r}: {path.name} is missing") from error
     except (OSError, ValueError) as error:
-        raise StartupError(f"model {name!r}: {path.name} cannot be read: {_line(error)}") from error
+        raise StartupError(f"model {name!r}: {path.name} cannot be read: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise StartupError(f"model {name!r}: {path.name} is not a JSON object")
     return content
@@ -179,8 +179,4 @@ def _download(model: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         raise StartupError(f"model {model!r} is neither a directory nor a hub id you have access to") from error
     except (OSError, ValueError) as error:
-        raise StartupError(f"model {model!r} cannot be fetched from the hub: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+        raise StartupError(f"model {model!r} cannot be fetched from the hub: {first_line(error)}") from error

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from encode_server.engine.messages import EncoderInfo
 from encode_server.errors import StartupError
-from encode_server.modality import Modality
 from encode_server.models.attention import use_segment_attention
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.families import family_of
@@ -20,6 +18,8 @@ from encode_server.models.linear import align_mlps, pack_linears, replace_patch_
 from encode_server.models.parallel import shard
 from encode_server.models.registry import check_tp, summarize
 from encode_server.models.weights import load_model, quiet
+from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import EncoderInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -1,29 +1,12 @@
-"""What preprocessing makes of one media item, and the options a request may give with it."""
+"""What preprocessing makes of one media item."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import msgspec
-
 if TYPE_CHECKING:
     import torch
-
-
-class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Per-item options; None leaves the checkpoint's own setting.
-
-    `min_pixels` and `max_pixels` bound the resized image, or one frame of a video as the checkpoint's video processor
-    counts it; `fps` (frames per second of video) or `num_frames`, and `min_frames`, `max_frames`, choose frames.
-    """
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    fps: float | None = None
-    num_frames: int | None = None
-    min_frames: int | None = None
-    max_frames: int | None = None
 
 
 @dataclass(frozen=True)

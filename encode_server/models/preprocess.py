@@ -7,15 +7,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from encode_server.errors import BadMedia, BadRequest, StartupError, TooLarge, UnsupportedModality
+from encode_server.errors import BadMedia, BadRequest, StartupError, TooLarge, UnsupportedModality, first_line
 from encode_server.media.limits import MediaLimits
 from encode_server.media.video import VideoInfo
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families import family_of
-from encode_server.models.prepared import ItemOptions, Prepared
+from encode_server.models.prepared import Prepared
 from encode_server.models.probes import probe_media
 from encode_server.models.registry import check_supported
+from encode_server.wire.items import ItemOptions
+from encode_server.wire.modality import Modality
 
 
 class Preprocessor:
@@ -82,7 +83,7 @@ class Preprocessor:
         try:
             return self._family.prepare_image(processor, image, sizing)
         except ValueError as error:
-            raise BadMedia(f"the image cannot be preprocessed: {_line(error)}") from error
+            raise BadMedia(f"the image cannot be preprocessed: {first_line(error)}") from error
 
     def _audio(self, data: bytes, on_decoded: Callable[[], None]) -> Prepared:
         from encode_server.media.audio import decode_audio
@@ -93,7 +94,7 @@ class Preprocessor:
         try:
             return self._family.prepare_audio(extractor, samples)
         except ValueError as error:
-            raise BadMedia(f"the audio cannot be preprocessed: {_line(error)}") from error
+            raise BadMedia(f"the audio cannot be preprocessed: {first_line(error)}") from error
 
     def _video(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
         from transformers.video_utils import VideoMetadata
@@ -125,7 +126,7 @@ class Preprocessor:
         try:
             return self._family.prepare_video(processor, frames, metadata, sizing)
         except ValueError as error:
-            raise BadMedia(f"the video cannot be preprocessed: {_line(error)}") from error
+            raise BadMedia(f"the video cannot be preprocessed: {first_line(error)}") from error
 
     def _sizing(self, processor: Any, options: ItemOptions) -> dict[str, Any]:
         """The processor's `size` argument for this call; a bound that isn't given gives way to one that is."""
@@ -161,7 +162,7 @@ def _load_processor(checkpoint: Checkpoint, modality: Modality) -> Any:
         return Auto.from_pretrained(str(checkpoint.path), local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         raise StartupError(
-            f"model {checkpoint.name!r}: its {modality} processor cannot be loaded: {_line(error)}"
+            f"model {checkpoint.name!r}: its {modality} processor cannot be loaded: {first_line(error)}"
         ) from error
 
 
@@ -220,12 +221,8 @@ def _choose(sampler: Any, metadata: Any, options: ItemOptions) -> list[int]:
         # num_frames given outright: not every processor's sample_frames looks for its own
         chosen = sampler.sample_frames(metadata, num_frames=count or sampler.num_frames)
     except (ValueError, ZeroDivisionError, TypeError) as error:
-        raise BadRequest(f"no frames can be chosen from {total} with these options: {_line(error)}") from error
+        raise BadRequest(f"no frames can be chosen from {total} with these options: {first_line(error)}") from error
     indices = [min(int(index), total - 1) for index in chosen]
     if not indices:
         raise BadRequest(f"these options choose no frame of {total}")
     return indices
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

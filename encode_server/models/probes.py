@@ -7,7 +7,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from encode_server.modality import Modality
+from encode_server.wire.modality import Modality
 
 _SIDE = 32
 _FRAMES = 4

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from encode_server.dtypes import FROM_SAFETENSORS
 from encode_server.errors import StartupError
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
+from encode_server.wire.dtypes import FROM_SAFETENSORS
+from encode_server.wire.modality import Modality
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Mapping
 
 from encode_server.engine.group import GroupLost
-from encode_server.engine.messages import Done
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import DeadlineExceeded, EncodeFailed, NotReady
-from encode_server.modality import Modality
 from encode_server.pipeline.cost import ForwardCost
 from encode_server.pipeline.fair_queue import FairQueue
 from encode_server.pipeline.work import Placement, Work
 from encode_server.telemetry.metrics import Metrics
+from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import Done
 
 log = logging.getLogger(__name__)
 

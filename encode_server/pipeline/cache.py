@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from encode_server.errors import EncodeError, EncodeFailed
-from encode_server.modality import Modality
-from encode_server.models.prepared import ItemOptions
-from encode_server.pipeline.request import EncodedItem
 from encode_server.telemetry.metrics import Metrics
+from encode_server.wire.embedding import EncodedItem
+from encode_server.wire.items import ItemOptions
+from encode_server.wire.modality import Modality
 
 ENTRY_OVERHEAD = 1024  # bytes counted for an entry beside its embedding
 

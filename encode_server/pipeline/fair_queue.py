@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 
-from encode_server.modality import Modality
 from encode_server.pipeline.work import Placement, Work
+from encode_server.wire.modality import Modality
 
 _Entry = tuple[Placement, deque[Work]]
 _Lane = tuple[str, Modality]

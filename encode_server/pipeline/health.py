@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from encode_server.engine.messages import Forward
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import EncodeError
-from encode_server.modality import Modality
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.pipeline import Pipeline
-from encode_server.pipeline.request import Encoded, EncodeRequest, MediaItem
+from encode_server.pipeline.request import EncodeRequest, MediaItem
+from encode_server.wire.embedding import Encoded
+from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import Forward
 
 log = logging.getLogger(__name__)
 

@@ -12,25 +12,27 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import msgspec
 
-from encode_server.delivery.frames import ItemInfo
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupLost
-from encode_server.engine.messages import EncoderInfo
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import BadRequest, EncodeError, NotReady, TooLarge, UnsupportedModality
 from encode_server.media.sources import MediaSource
-from encode_server.modality import Modality
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
-from encode_server.pipeline.pools import Pools, copy, run
-from encode_server.pipeline.request import Encoded, EncodedItem, EncodeRequest, MediaItem
+from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.pipeline.work import Placement, room_for
+from encode_server.runtime.pools import Pools, copy, run
 from encode_server.telemetry.cpu import CpuClock, counted
 from encode_server.telemetry.metrics import Metrics
+from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import EncoderInfo
 
 if TYPE_CHECKING:
-    from encode_server.models.prepared import ItemOptions, Prepared
+    from encode_server.models.prepared import Prepared
     from encode_server.models.preprocess import Preprocessor
+    from encode_server.wire.items import ItemOptions
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from encode_server.delivery.frames import ItemInfo
-from encode_server.modality import Modality
-from encode_server.models.prepared import ItemOptions
 from encode_server.pipeline.admission import Ticket
-from encode_server.pipeline.work import embedding_bytes
+from encode_server.wire.items import ItemOptions
+from encode_server.wire.modality import Modality
 
 
 @dataclass(frozen=True)
@@ -60,44 +58,3 @@ class EncodeRequest:
     def remaining_s(self) -> float:
         """Seconds until the deadline; not negative."""
         return max(0.0, self.deadline - time.monotonic())
-
-
-@dataclass(frozen=True)
-class EncodedItem:
-    """An item's embedding: `data` holds tokens × dim values on the heap, never written to again."""
-
-    info: ItemInfo
-    extra: dict[str, float | int | list[float] | list[int]]
-    data: memoryview
-
-
-@dataclass
-class Encoded:
-    """All items of a request, encoded: [tokens, dim] when put one after another."""
-
-    modality: Modality
-    model: str
-    dtype: str
-    dim: int
-    items: list[EncodedItem]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(tokens of all items, dim)."""
-        return sum(item.info.tokens for item in self.items), self.dim
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the embedding in bytes."""
-        return embedding_bytes(*self.shape, self.dtype)
-
-    def contiguous(self) -> memoryview:
-        """The whole embedding as one buffer: the item's own where there is one item, else a copy."""
-        if len(self.items) == 1:
-            return self.items[0].data
-        joined = bytearray(self.nbytes)
-        offset = 0
-        for item in self.items:
-            joined[offset : offset + item.data.nbytes] = item.data
-            offset += item.data.nbytes
-        return memoryview(joined)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from encode_server.dtypes import ITEM_BYTES
 from encode_server.engine.arena import ALIGNMENT, Arena, Slot
-from encode_server.engine.messages import ItemRef, TensorRef
-from encode_server.modality import Modality
+from encode_server.wire.embedding import embedding_bytes
+from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import ItemRef, TensorRef
 
 if TYPE_CHECKING:
     import torch
@@ -149,11 +148,6 @@ def room_for(pieces: Sequence[Prepared], dim: int, dtype: str) -> tuple[int, int
     """Bytes that the pieces' tensors, and their embedding ([tokens, dim] of `dtype`), take in the arena."""
     inputs = sum(_aligned(_nbytes(tensor)) for piece in pieces for tensor in piece.tensors.values())
     return inputs, sum(embedding_bytes(piece.tokens, dim, dtype) for piece in pieces)
-
-
-def embedding_bytes(tokens: int, dim: int, dtype: str) -> int:
-    """Bytes of [tokens, dim] values."""
-    return math.prod((tokens, dim, ITEM_BYTES[dtype]))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

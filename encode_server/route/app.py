@@ -14,13 +14,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server import __version__
-from encode_server.api.caller import CALLER_GONE, CallerGone, until_caller_goes
-from encode_server.api.raw import from_json, read_all
 from encode_server.client import ClientError, EncoderPool, EncodeServerError
 from encode_server.errors import EncodeError
 from encode_server.route.chat import media_parts, name_parts, renames
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.options import RouteOptions
+from encode_server.runtime.bodies import from_json, read_all
+from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,9 +7,9 @@ import logging
 import uvicorn
 import uvloop
 
-from encode_server.listening import Uvicorn, bind, until_signalled
 from encode_server.route.app import create_route_app
 from encode_server.route.options import RouteOptions
+from encode_server.runtime.listening import Uvicorn, bind, until_signalled
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)

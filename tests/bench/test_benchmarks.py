@@ -17,9 +17,9 @@ from encode_server.bench.load import Load
 from encode_server.bench.media import jpeg
 from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.preprocess import Preprocessor
+from encode_server.wire.modality import Modality
 from tests.bench.standin import Standin
 
 

@@ -22,7 +22,7 @@ from encode_server.client import (
     ProtocolError,
     ReceiverClosed,
 )
-from encode_server.delivery.frames import EmbeddingHeader, ErrorInfo, encode_header
+from encode_server.wire.frames import EmbeddingHeader, ErrorInfo, encode_header
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from encode_server import demo_media
+from encode_server.media import samples as demo_media
 
 
 def test_picture() -> None:

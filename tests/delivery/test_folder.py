@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from encode_server.delivery.folder import ENTRY, EntryFolder, check_identifier
 from encode_server.errors import BadRequest, DeliveryFailed, StartupError, StoreFull
-from encode_server.tensorfile import expected_size, tensor_head
+from encode_server.wire.tensorfile import expected_size, tensor_head
 
 DIGEST = "0f" * 32
 

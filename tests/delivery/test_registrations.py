@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from encode_server.delivery.registrations import Registrations
+from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.errors import BadRequest
 
 

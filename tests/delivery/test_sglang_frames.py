@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from encode_server.delivery.base import Part
-from encode_server.delivery.frames import ItemInfo
-from encode_server.delivery.sglang_frames import SGLangFrames
+from encode_server.delivery.sglang.frames import SGLangFrames
 from encode_server.errors import BadMedia
-from encode_server.modality import Modality
-from encode_server.pipeline.request import Encoded, EncodedItem
+from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 from tests.delivery import sglang_standin as sglang
 
 FRAMES = SGLangFrames(sglang.RECEIVER, sglang.MODALITY)

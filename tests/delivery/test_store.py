@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from encode_server.delivery.base import Part
 from encode_server.delivery.folder import ENTRY, EntryFolder
-from encode_server.delivery.frames import ItemInfo
 from encode_server.delivery.store import EmbeddingStore
-from encode_server.modality import Modality
-from encode_server.pipeline.request import Encoded, EncodedItem
+from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from encode_server.delivery.folder import ENTRY
-from encode_server.tensorfile import expected_size
+from encode_server.wire.tensorfile import expected_size
 
 WORDS = ["one", "two", "three"]
 WAIT_S = 60.0

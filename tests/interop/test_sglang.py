@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode_server import demo_media
+from encode_server.media import samples as demo_media
 from tests.interop.engines import HERE, Engine, Prefill, image, our_encoder, sglang_encoder, video
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(3600)]

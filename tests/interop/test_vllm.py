@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from encode_server import demo_media
 from encode_server.client import EncodeClient, Item
+from encode_server.media import samples as demo_media
 from tests.checkpoints import Checkpoints
 from tests.interop.vllm_cpu import has_avx512, vllm_python
 from tests.live import LiveServer

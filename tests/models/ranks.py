@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from encode_server.modality import Modality
+from encode_server.wire.modality import Modality
 
 Jobs = Mapping[str, tuple[Path, Mapping[Modality, Sequence[Mapping[str, torch.Tensor]]]]]
 """Name → directory of a checkpoint, and its batches by modality."""

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from encode_server.media.limits import MediaLimits
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import Encoder, load_encoder
-from encode_server.models.prepared import ItemOptions
 from encode_server.models.preprocess import Preprocessor
+from encode_server.wire.items import ItemOptions
+from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
 from tests.models import samples
 from tests.models.reference import Reference, video_inputs

@@ -11,12 +11,12 @@ from torch import nn
 
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import load_encoder
 from encode_server.models.families.qwen_vl import QwenVL
 from encode_server.models.parallel import Style, shard
 from encode_server.models.preprocess import Preprocessor
+from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
 from tests.models import samples
 from tests.models.ranks import Jobs, encode_with_ranks

@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 
-from encode_server.delivery.frames import ItemInfo
 from encode_server.errors import BadMedia, NotReady
-from encode_server.modality import Modality
-from encode_server.models.prepared import ItemOptions
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
-from encode_server.pipeline.request import EncodedItem
 from encode_server.telemetry.metrics import Metrics
+from encode_server.wire.embedding import EncodedItem
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.items import ItemOptions
+from encode_server.wire.modality import Modality
 
 
 def key(name: str, **options) -> CacheKey:

@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass, field
 
-from encode_server.modality import Modality
 from encode_server.pipeline.fair_queue import FairQueue
+from encode_server.wire.modality import Modality
 
 BUDGETS = dict.fromkeys(Modality, 100)
 

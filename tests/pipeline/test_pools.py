@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from encode_server.pipeline.pools import run_to_end
+from encode_server.runtime.pools import run_to_end
 
 
 def test_a_cancellation_waits_for_the_thread_that_uses_the_memory():

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from encode_server import discovery
-from encode_server.discovery import Announcer, advertised_host
+from encode_server.delivery.sglang import announcer as discovery
+from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.errors import StartupError
 from tests.server.prefill_standin import Bootstrap
 

@@ -12,8 +12,8 @@ import pytest
 import soundfile
 from safetensors.numpy import load as load_safetensors
 
-from encode_server import demo_media
 from encode_server.client import EmbeddingReceiver, EncodeClient, EncodeServerError, Item
+from encode_server.media import samples as demo_media
 
 TOLERANCE = 1e-4
 

@@ -15,7 +15,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
-from encode_server import demo_media
+from encode_server.media import samples as demo_media
 from tests.live import LiveServer, eventually
 
 OPENSSL = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -keyout key.pem -out cert.pem".split()  # noqa: SIM905

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from encode_server import demo_media
-from encode_server.models.prepared import ItemOptions
+from encode_server.media import samples as demo_media
 from encode_server.pipeline.request import MediaItem
+from encode_server.wire.items import ItemOptions
 from tests.delivery import sglang_standin as sglang
 from tests.live import LiveServer, eventually
 from tests.server.prefill_standin import Bootstrap, PrefillRank

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.parallel import Plan
 from encode_server.models.prepared import Prepared
 from encode_server.models.registry import check_supported
+from encode_server.wire.modality import Modality
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from encode_server.modality import Modality
 from encode_server.models.families.base import Family, Item
 from encode_server.models.families.whisper import stack
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
+from encode_server.wire.modality import Modality
 
 
 class ImageTower(Family):

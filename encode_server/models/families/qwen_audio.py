@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from encode_server.modality import Modality
 from encode_server.models.attention import Segments
 from encode_server.models.families.base import Family, Item, without_language_model
 from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token, padded_length, pooled_length
 from encode_server.models.parallel import Plan
 from encode_server.models.prepared import Prepared
+from encode_server.wire.modality import Modality
 
 _REACH = 2  # mel frames behind the last one of sound that the convolutions look at for its position
 

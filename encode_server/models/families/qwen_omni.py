@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from encode_server.modality import Modality
 from encode_server.models.attention import Segments
 from encode_server.models.families.base import Item, without_language_model
 from encode_server.models.families.qwen_vl import VISION_PLAN, QwenVision, vision_dim
 from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token, padded_length, pooled_length
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
+from encode_server.wire.modality import Modality
 
 
 class QwenOmni(QwenVision):

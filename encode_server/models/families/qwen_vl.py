@@ -10,13 +10,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families.base import Family, Item, without_language_model
 from encode_server.models.layouts import Grid, VisionLayouts
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.pixels import pack, raw_options, unpack
 from encode_server.models.prepared import Prepared
+from encode_server.wire.modality import Modality
 
 VISION_PLAN: Plan = {
     r".*visual\.blocks\.\d+\.attn": Style.HEADS,

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encode_server.modality import Modality
 from encode_server.models.families.base import Family, Item
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
+from encode_server.wire.modality import Modality
 
 ENCODER_PLAN: Plan = {
     r"layers\.\d+\.self_attn": Style.HEADS,

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 from encode_server.engine.group import GroupLost
-from encode_server.engine.messages import Done
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import BadRequest, Forbidden, NotReady, StartupError
+from encode_server.wire.ranks import Done
 
 
 class Profiling:

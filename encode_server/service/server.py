@@ -14,20 +14,19 @@ from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.folder import EntryFolder
 from encode_server.delivery.push import Pusher
-from encode_server.delivery.sglang import SGLangDeliveries
-from encode_server.delivery.sglang_frames import SGLangFrames
+from encode_server.delivery.sglang.announcer import Announcer, advertised_host
+from encode_server.delivery.sglang.deliveries import SGLangDeliveries
+from encode_server.delivery.sglang.frames import SGLangFrames
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
-from encode_server.discovery import Announcer, advertised_host
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec
-from encode_server.engine.rundir import sweep_stale
+from encode_server.engine.profiling import Profiling
 from encode_server.engine.supervisor import Supervisor, SupervisorOptions
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
-from encode_server.modality import Modality
 from encode_server.models.checkpoint import Checkpoint, resolve
 from encode_server.models.registry import Summary, check_tp, summarize
 from encode_server.pipeline.admission import Admission, AdmissionLimits
@@ -35,10 +34,11 @@ from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import EmbeddingCache
 from encode_server.pipeline.health import HealthProbe, Verdict
 from encode_server.pipeline.pipeline import Pipeline
-from encode_server.pipeline.pools import Pools, run
-from encode_server.profiling import Profiling
+from encode_server.runtime.pools import Pools, run
+from encode_server.runtime.rundir import sweep_stale
 from encode_server.settings import Settings
 from encode_server.telemetry.metrics import Metrics
+from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
 

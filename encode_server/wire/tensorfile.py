@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from encode_server.dtypes import TO_SAFETENSORS
+from encode_server.wire.dtypes import TO_SAFETENSORS
 
 
 def tensor_head(name: str, dtype: str, shape: tuple[int, int], nbytes: int, metadata: Mapping[str, str]) -> bytes:

@@ -9,11 +9,11 @@ from concurrent.futures import Executor
 
 from encode_server.delivery.base import Part
 from encode_server.delivery.push import Pusher
-from encode_server.delivery.registrations import Registration, Registrations
-from encode_server.delivery.sglang_frames import SGLangFrames
+from encode_server.delivery.sglang.frames import SGLangFrames
+from encode_server.delivery.sglang.registrations import Registration, Registrations
 from encode_server.errors import DeadlineExceeded, EncodeError
-from encode_server.pipeline.pools import copy
-from encode_server.pipeline.request import Encoded
+from encode_server.runtime.pools import copy
+from encode_server.wire.embedding import Encoded
 
 
 class SGLangPush:

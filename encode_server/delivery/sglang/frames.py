@@ -14,8 +14,8 @@ from typing import Any
 
 from encode_server.delivery.base import Part
 from encode_server.errors import EncodeError
-from encode_server.modality import Modality
-from encode_server.pipeline.request import Encoded, EncodedItem
+from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.wire.modality import Modality
 
 PROTOCOL = 3  # the last without frames, so that one program can stand inside another
 MODALITY_VALUES = {Modality.IMAGE: 1, Modality.VIDEO: 2, Modality.AUDIO: 3}

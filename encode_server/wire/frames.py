@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from encode_server.modality import Modality
+from encode_server.wire.modality import Modality
 
 
 class ItemInfo(msgspec.Struct, omit_defaults=False):

@@ -8,8 +8,8 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from encode_server.api.caller import CallerGone
 from encode_server.errors import BadRequest, TooLarge
+from encode_server.runtime.caller import CallerGone
 
 SMALL = 64 << 10  # of requests that hold no media
 

@@ -1,0 +1,1 @@
+"""SGLang: its frames, its registrations, its endpoints, its bootstrap servers."""

@@ -1,0 +1,1 @@
+"""One server: its wiring and life, and one request's life."""

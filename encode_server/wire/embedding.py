@@ -1,0 +1,56 @@
+"""The embedding of a request, item by item."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from encode_server.wire.dtypes import ITEM_BYTES
+from encode_server.wire.frames import ItemInfo
+from encode_server.wire.modality import Modality
+
+
+@dataclass(frozen=True)
+class EncodedItem:
+    """An item's embedding: `data` holds tokens × dim values on the heap, never written to again."""
+
+    info: ItemInfo
+    extra: dict[str, float | int | list[float] | list[int]]
+    data: memoryview
+
+
+@dataclass
+class Encoded:
+    """All items of a request, encoded: [tokens, dim] when put one after another."""
+
+    modality: Modality
+    model: str
+    dtype: str
+    dim: int
+    items: list[EncodedItem]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(tokens of all items, dim)."""
+        return sum(item.info.tokens for item in self.items), self.dim
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the embedding in bytes."""
+        return embedding_bytes(*self.shape, self.dtype)
+
+    def contiguous(self) -> memoryview:
+        """The whole embedding as one buffer: the item's own where there is one item, else a copy."""
+        if len(self.items) == 1:
+            return self.items[0].data
+        joined = bytearray(self.nbytes)
+        offset = 0
+        for item in self.items:
+            joined[offset : offset + item.data.nbytes] = item.data
+            offset += item.data.nbytes
+        return memoryview(joined)
+
+
+def embedding_bytes(tokens: int, dim: int, dtype: str) -> int:
+    """Bytes of [tokens, dim] values."""
+    return math.prod((tokens, dim, ITEM_BYTES[dtype]))
