@@ -187,7 +187,7 @@ def _footprint(server: ServerProcess) -> dict[str, float]:
         "open_files": float(len(list(Path(f"/proc/{pid}/fd").iterdir()))),
         "shared_memory_entries": float(len(list(Path("/dev/shm").iterdir()))),
         "arena_used_bytes": look.total("encode_arena_used_bytes"),
-        "requests_in_work": look.total("encode_requests_in_work"),
+        "requests_in_progress": look.total("encode_requests_in_progress"),
     }
 
 
@@ -238,7 +238,7 @@ async def _until_quiet(url: str) -> None:
     async with httpx.AsyncClient(timeout=30) as client:
         for _ in range(300):
             text = (await client.get(url + "/metrics")).text
-            if "encode_requests_in_work 0.0" in text and "encode_arena_used_bytes 0.0" in text:
+            if "encode_requests_in_progress 0.0" in text and "encode_arena_used_bytes 0.0" in text:
                 return
             await asyncio.sleep(0.1)
 
@@ -281,7 +281,7 @@ def main() -> int:
     sound = (
         document["lost"] == document["wrong"] == 0
         and not document["surprises"]
-        and after["arena_used_bytes"] == after["requests_in_work"] == 0
+        and after["arena_used_bytes"] == after["requests_in_progress"] == 0
         and after["shared_memory_entries"] <= document["before"]["shared_memory_entries"]
         and after["open_files"] <= document["before"]["open_files"] + 16
         and document["exit_status"] == 0

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import procfs
 from benchmarks.prometheus import Look
-from encode_server.engine.launch import rank_environment
+from encode_server.runtime.environment import forkserver_environment
 
 
 class FloorProcess:
@@ -33,7 +33,7 @@ class FloorProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=(rank_environment(threads) if kind == "ours" else {}) | _environment(threads),
+            env=(forkserver_environment() if kind == "ours" else {}) | _environment(threads),
         )
 
     def wait_ready(self) -> None:

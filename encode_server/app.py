@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api.answers import error_answer
-from encode_server.api.routes import build_router
+from encode_server.api.routes import build_router, encode_operation
 from encode_server.api.schemas import openapi_components
 from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
@@ -41,11 +41,8 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await server.start(on_fatal or _terminate)
-        try:
+        async with server.running(on_fatal or _terminate):
             yield
-        finally:
-            await server.stop()
 
     app = FastAPI(title="encode_server", version=__version__, lifespan=lifespan)
     app.include_router(build_router(server))
@@ -73,6 +70,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None
     def openapi() -> dict[str, Any]:
         document = plain_openapi()
         _, components = openapi_components()
+        document["paths"]["/encode"] = {"post": encode_operation()}
         document.setdefault("components", {}).setdefault("schemas", {}).update(components)
         return document
 

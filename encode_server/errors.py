@@ -111,6 +111,12 @@ class StoreFull(EncodeError):
     status, code = 507, "store_full"
 
 
+def by_code(code: str, message: str) -> EncodeError:
+    """The error whose code this is, for errors that cross from one process to another."""
+    known = {kind.code: kind for kind in EncodeError.__subclasses__() if kind is not NoRoute}
+    return known.get(code, EncodeError)(message)
+
+
 class StartupError(Exception):
     """The server cannot start as asked. The message is one line for the operator; the process exits non-zero."""
 

@@ -53,7 +53,13 @@ class Settings(BaseSettings):
     ssl_keyfile: str | None = Field(None, description="its private key in PEM")
 
     # Pools, batches, memory.
-    preproc_workers: int = Field(8, ge=1, le=256, description="threads that decode and preprocess media")
+    preproc_workers: int = Field(8, ge=1, le=256, description="threads that decode and preprocess media, in all")
+    preproc_processes: int = Field(
+        0, ge=0, le=64, description="processes that these threads are spread over; 0: one for every two cores"
+    )
+    preproc_memory_mb: int = Field(
+        6144, ge=512, description="memory that such a process may take for decoding; an item that needs more is refused"
+    )
     send_workers: int = Field(4, ge=1, le=256, description="threads that prepare answers and deliveries")
     rank_threads: int = Field(0, ge=0, description="CPU threads of each rank; 0: the cores shared among the ranks")
     image_batch_tokens: int = Field(16384, ge=1, description="patches of images in one batch; a larger item goes alone")
@@ -65,27 +71,38 @@ class Settings(BaseSettings):
     arena_mb: int = Field(
         2048,
         ge=16,
-        description="shared memory for inputs and embeddings in work (used as needed; on a GPU, pinned as a whole)",
+        description="shared memory for inputs and embeddings in progress (used as needed; on a GPU, pinned as a whole)",
     )
 
     # Time.
-    timeout_s: float = Field(60.0, gt=0, description="a request's deadline when it names none")
+    timeout_s: float = Field(60.0, gt=0, description="a request's deadline when it names none; with sglang, 170")
     max_timeout_s: float = Field(600.0, gt=0, description="the longest deadline a request may ask for")
-    stall_s: float = Field(60.0, gt=0, description="a forward older than this means that the ranks hang")
+    stall_s: float = Field(
+        60.0,
+        gt=0,
+        description="older forwards mean that the ranks hang; what a forward should take, once learnt, gives "
+        "a shorter limit",
+    )
     load_timeout_s: float = Field(900.0, gt=0, description="longest time the ranks may take to load")
     grace_s: float = Field(20.0, ge=0, description="after SIGTERM: time for accepted work to finish")
 
     # Faults.
-    max_restarts: int = Field(10, ge=0, description="restarts of lost ranks within ten minutes before the server ends")
+    max_restarts: int = Field(
+        10, ge=0, description="restarts within ten minutes of ranks that got no work done, before the server ends"
+    )
 
     # Limits.
-    max_requests: int = Field(1024, ge=1, description="requests in work; beyond it 429")
-    max_inflight_mb: int = Field(4096, ge=1, description="media of the requests in work; beyond it 429")
+    max_requests: int = Field(1024, ge=1, description="requests in progress; beyond it 429")
+    max_inflight_mb: int = Field(4096, ge=1, description="media of the requests in progress; beyond it 429")
     max_inflight_tokens: int = Field(
-        4_000_000, ge=1, description="patches and mel frames of the requests in work; beyond it 429"
+        4_000_000, ge=1, description="patches and mel frames of the requests in progress; beyond it 429"
     )
     client_share: float = Field(
-        0.5, gt=0, le=1, description="part of each of these three one client (API key, address) may hold beside others"
+        0.5,
+        gt=0,
+        le=1,
+        description="largest share of each of these three that one client (API key, address) may hold while others "
+        "are active",
     )
     max_item_tokens: int = Field(
         131_072, ge=1, description="patches or mel frames of one item, as preprocessed; beyond it 413"
@@ -133,7 +150,7 @@ class Settings(BaseSettings):
         description="module of SGLang's Modality; older releases: sglang.srt.managers.schedule_batch",
     )
     register_url: CommaList = Field(
-        (), description="SGLang bootstrap servers to register with while ready, e.g. http://10.0.0.7:8998"
+        (), description="SGLang bootstrap servers to register with while ready, e.g. http://10.0.0.7:8997"
     )
     advertise_host: str | None = Field(
         None, description="host to register; none: --host, or this host's address towards the bootstrap"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -105,10 +104,20 @@ class LiveServer:
         raise AssertionError(f"not healthy after {timeout} s:\n{self.log}")
 
     def rank_pids(self) -> list[int]:
-        """The processes the front started that still exist."""
-        return [
-            pid for pid in _pids() if f"TMPDIR={self.tmp}\0" in _environment(pid) and "engine.rank" in _cmdline(pid)
-        ]
+        """The rank processes that exist, in the order of their ranks."""
+        return self._named("rank ")
+
+    def preparer_pids(self) -> list[int]:
+        """The preparer processes that exist."""
+        return self._named("preparer ")
+
+    def forkserver_pid(self) -> int:
+        (pid,) = self._named("forkserver")
+        return pid
+
+    def _named(self, prefix: str) -> list[int]:
+        mine = [pid for pid in _pids() if f"TMPDIR={self.tmp}\0" in _environment(pid)]
+        return sorted((pid for pid in mine if _name(pid).startswith(prefix)), key=_name)
 
     def front_pid(self) -> int:
         return self.process.pid
@@ -123,10 +132,7 @@ class LiveServer:
         return self.process.wait(timeout)
 
     def kill_all(self) -> None:
-        for pid in self.rank_pids():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.kill()
+        self.process.kill()  # everything else ends with the front
         self.process.wait(10)
         self._reader.join(5)
 
@@ -155,6 +161,13 @@ def _pids() -> list[int]:
 def _environment(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
 

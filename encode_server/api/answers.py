@@ -1,76 +1,52 @@
-"""Answers: the embedding as JSON or safetensors, the receipt of a delivery, and errors."""
+"""Answers: the embedding as JSON or safetensors, piece by piece; the receipt of a delivery; errors."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import msgspec
 import pybase64
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from encode_server.api.schemas import Answer, Delivered, ErrorAnswer
 from encode_server.errors import EncodeError
+from encode_server.wire.answers import AnswerHead, Delivered, ErrorAnswer
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.tensorfile import tensor_head
 
-log = logging.getLogger(__name__)
-
-PIECE = 256 << 10  # bytes
+PIECE = 192 << 10  # bytes of an embedding in one piece; a multiple of 3, so that base64 pads at the end only
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 
 
-class LargeAnswer(Response):
-    """An embedding, sent piece by piece for as long as its reader takes each within `limit_s` seconds.
+@dataclass(frozen=True)
+class Body:
+    """An answer's body. `size` in bytes is known before `pieces` makes them, one by one: the whole answer never lies in
+    memory beside the embedding."""
 
-    `hold` counts it until then: in one piece it would wait on the heap, uncounted, for a reader that may never come.
-    """
-
-    def __init__(
-        self, content: bytes, media_type: str, hold: contextlib.AbstractContextManager[None], limit_s: float
-    ) -> None:
-        super().__init__(content, media_type=media_type)
-        self._hold, self._limit_s = hold, limit_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI. Raises TooBusy, before anything is sent, when too much waits for readers already."""
-        with self._hold:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            size = len(self.body)
-            for start in range(0, size, PIECE):
-                piece = self.body[start : start + PIECE]
-                try:
-                    async with asyncio.timeout(self._limit_s):
-                        await send({"type": "http.response.body", "body": piece, "more_body": start + PIECE < size})
-                except TimeoutError:
-                    log.warning("a client took nothing of its answer for %g s: closing", self._limit_s)
-                    return
+    media_type: str
+    size: int
+    pieces: Iterator[bytes | memoryview]
 
 
-def json_answer(req_id: str, encoded: Encoded) -> bytes:
-    """The JSON answer. Copies the whole embedding: of a large one, call it in a worker thread."""
-    return msgspec.json.encode(
-        Answer(
-            req_id=req_id,
-            model=encoded.model,
-            modality=encoded.modality,
-            dtype=encoded.dtype,
-            shape=encoded.shape,
-            items=[item.info for item in encoded.items],
-            embedding=pybase64.b64encode_as_string(encoded.contiguous()),
-        )
+def json_body(req_id: str, encoded: Encoded) -> Body:
+    """`wire.answers.Answer` as JSON."""
+    head = AnswerHead(
+        req_id=req_id,
+        model=encoded.model,
+        modality=encoded.modality,
+        dtype=encoded.dtype,
+        shape=encoded.shape,
+        items=[item.info for item in encoded.items],
     )
+    before, after = msgspec.json.encode(head)[:-1] + b',"embedding":"', b'"}'
+    size = len(before) + -(-encoded.nbytes // 3) * 4 + len(after)
+    return Body(JSON, size, _framed(before, map(pybase64.b64encode, _aligned(encoded)), after))
 
 
-def safetensors_answer(req_id: str, encoded: Encoded) -> bytes:
-    """A safetensors file with one tensor, `embedding`, the rest of the answer in its metadata as strings.
-
-    Copies the whole embedding: of a large one, call it in a worker thread.
-    """
+def safetensors_body(req_id: str, encoded: Encoded) -> Body:
+    """A safetensors file with one tensor, `embedding`, the rest of the answer in its metadata as strings."""
     metadata = {
         "req_id": req_id,
         "model": encoded.model,
@@ -80,7 +56,7 @@ def safetensors_answer(req_id: str, encoded: Encoded) -> bytes:
         "items": msgspec.json.encode([item.info for item in encoded.items]).decode(),
     }
     head = tensor_head("embedding", encoded.dtype, encoded.shape, encoded.nbytes, metadata)
-    return b"".join([head, *(item.data for item in encoded.items)])
+    return Body(OCTETS, len(head) + encoded.nbytes, _framed(head, _cut(encoded), b""))
 
 
 def delivered(req_id: str, encoded: Encoded) -> Response:
@@ -105,3 +81,43 @@ def error_answer(error: EncodeError, req_id: str | None) -> Response:
     """The one shape of all errors."""
     body = ErrorAnswer(code=error.code, message=error.message, req_id=req_id)
     return Response(msgspec.json.encode(body), error.status, headers=error.headers, media_type=JSON)
+
+
+def _framed(before: bytes, between: Iterable[bytes | memoryview], after: bytes) -> Iterator[bytes | memoryview]:
+    """`before` and `after` in one piece with what is next to them, where that is small."""
+    waiting: bytes = before
+    for piece in between:
+        if len(waiting) + len(piece) <= PIECE:
+            waiting += piece
+        else:
+            if waiting:
+                yield waiting
+            yield piece
+            waiting = b""
+    if waiting + after:
+        yield waiting + after
+
+
+def _cut(encoded: Encoded) -> Iterator[memoryview]:
+    for item in encoded.items:
+        for start in range(0, item.data.nbytes, PIECE):
+            yield item.data[start : start + PIECE]
+
+
+def _aligned(encoded: Encoded) -> Iterator[bytes | memoryview]:
+    """The embedding in pieces of a multiple of three bytes, but for the last."""
+    carry = b""
+    for item in encoded.items:
+        data = item.data
+        if carry:
+            missing = -len(carry) % 3
+            carry, data = carry + bytes(data[:missing]), data[missing:]
+            if len(carry) % 3:
+                continue
+            yield carry
+        whole = data.nbytes // 3 * 3
+        for start in range(0, whole, PIECE):
+            yield data[start : min(start + PIECE, whole)]
+        carry = bytes(data[whole:])
+    if carry:
+        yield carry

@@ -16,10 +16,10 @@ from encode_server.api.schemas import EncodeBody, ItemBody
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
 from encode_server.runtime.bodies import chunks, from_json, read_all
-from encode_server.runtime.pools import run
+from encode_server.runtime.pools import Pace, run, run_sized
+from encode_server.service.caller import Ask
 from encode_server.wire.items import ItemOptions
 
-SMALL_JSON = 64 << 10  # decoded on the loop: less work than a change of threads
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
 MAX_VALUES = 1_000_000  # in a JSON body: decoding many more would hold the interpreter for seconds
 
@@ -30,10 +30,8 @@ class _InMemory(MultiPartParser):
     spool_max_size = sys.maxsize
 
 
-async def read_encode(
-    request: Request, pool: Executor, max_bytes: int, max_items: int
-) -> tuple[EncodeBody, list[MediaItem]]:
-    """The body of `POST /encode` and its media items.
+async def read_encode(request: Request, pool: Executor, max_bytes: int, max_items: int) -> Ask:
+    """What the body of `POST /encode` asks for.
 
     Raises BadRequest when it is malformed or holds more than `max_items`, TooLarge above `max_bytes` (before reading
     on), CallerGone.
@@ -44,11 +42,25 @@ async def read_encode(
     if kind == "multipart/form-data":
         body, media = await _read_form(request, pool, max_bytes)
         _check_count(len(media), max_items)
-        return body, media
+        return _ask(body, media)
     raw = await read_all(request, max_bytes)
-    body = _decode(raw) if len(raw) < SMALL_JSON else await run(pool, _decode, raw)
+    body = await run_sized(pool, Pace.JSON, len(raw), _decode, raw)
     _check_count(len(body.mm_items), max_items)
-    return body, [_media_item(item) for item in body.mm_items]
+    return _ask(body, [_media_item(item) for item in body.mm_items])
+
+
+def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
+    return Ask(
+        req_id=body.req_id,
+        modality=body.checked_modality(),
+        items=media,
+        num_parts=body.num_parts,
+        part_idx=body.part_idx,
+        prefill_host=body.prefill_host,
+        embedding_port=body.embedding_port,
+        stored=body.delivery == "ec_store",
+        timeout_s=body.timeout_s,
+    )
 
 
 def _decode(raw: bytearray) -> EncodeBody:

@@ -1,4 +1,4 @@
-"""What comes in over HTTP, and the small JSON documents that go out."""
+"""What comes in over HTTP, and the schemas of what goes out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from encode_server.errors import BadRequest
-from encode_server.wire.frames import ItemInfo
+from encode_server.wire.answers import Answer, Delivered, ErrorAnswer
 from encode_server.wire.modality import Modality
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
@@ -46,39 +46,6 @@ class EncodeBody(msgspec.Struct, kw_only=True):
             return Modality(self.modality.lower())
         except ValueError:
             raise BadRequest(f"modality is {self.modality!r}, expected image, video or audio") from None
-
-
-class Answer(msgspec.Struct, kw_only=True):
-    """The embedding in JSON: `embedding` is base64 of row-major little-endian `dtype` values of `shape`."""
-
-    req_id: str
-    model: str
-    modality: Modality
-    dtype: str
-    shape: tuple[int, int]
-    items: list[ItemInfo]
-    embedding: str
-
-
-class Delivered(msgspec.Struct, kw_only=True):
-    """The embedding was pushed to its destination, or stored."""
-
-    status: str = "delivered"
-    req_id: str
-    model: str
-    modality: Modality
-    dtype: str
-    shape: tuple[int, int]
-    items: list[ItemInfo]
-
-
-class ErrorAnswer(msgspec.Struct, kw_only=True):
-    """Every error's body."""
-
-    status: str = "error"
-    code: str
-    message: str
-    req_id: str | None = None
 
 
 def openapi_components() -> tuple[dict[str, Any], dict[str, Any]]:

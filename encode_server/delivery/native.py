@@ -8,7 +8,7 @@ from typing import Any
 from encode_server.delivery.base import Part
 from encode_server.delivery.push import Pusher
 from encode_server.errors import EncodeError
-from encode_server.runtime.pools import copy
+from encode_server.runtime.pools import Pace, run_sized
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.frames import EmbeddingHeader, ErrorInfo, encode_header
 
@@ -23,7 +23,7 @@ class NativePush:
         """See `Delivery`."""
         items = [item.info for item in encoded.items]
         header = _header(part, dtype=encoded.dtype, shape=encoded.shape, items=items)
-        data = await copy(self._pool, encoded.nbytes, encoded.contiguous)
+        data = await run_sized(self._pool, Pace.COPY, encoded.nbytes, encoded.contiguous)
         await self._pusher.push(self._endpoint, [encode_header(header), data])
 
     async def fail(self, part: Part, error: EncodeError) -> None:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 from encode_server.errors import TooBusy
+from encode_server.runtime.changes import Changes
 
 
 class Undelivered:
-    """Counts bytes and refuses more than `max_bytes`; a single embedding is always taken when there is no other."""
+    """Counts bytes and takes no more than `max_bytes`; a single embedding is always taken when there is no other."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max = max_bytes
+        self._changes = Changes()
         self.bytes = 0
 
-    @contextlib.contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        """Count an embedding while it waits. Raises TooBusy when too much waits already."""
-        if self.bytes and self.bytes + nbytes > self._max:
-            raise TooBusy(
-                f"{self.bytes >> 20} MiB of embeddings wait for their destinations, at most {self._max >> 20} MiB may",
-                headers={"Retry-After": "1"},
-            )
+    @contextlib.asynccontextmanager
+    async def hold(self, nbytes: int, *, patient: bool) -> AsyncIterator[None]:
+        """Count an embedding while it waits for its destination. When too many bytes wait already, a patient caller
+        waits until there is room; otherwise this raises TooBusy."""
+        while self.bytes and self.bytes + nbytes > self._max:
+            if not patient:
+                raise TooBusy(
+                    f"{self.bytes >> 20} MiB of embeddings wait for their destinations, the limit is "
+                    f"{self._max >> 20} MiB",
+                    headers={"Retry-After": "1"},
+                )
+            await self._changes.wait()
         self.bytes += nbytes
         try:
             yield
         finally:
             self.bytes -= nbytes
+            self._changes.announce()

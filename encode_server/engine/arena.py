@@ -1,7 +1,7 @@
 """The shared-memory arena: preprocessed tensors on their way to the ranks, embeddings on their way back.
 
-One anonymous memfd, mapped by the front and inherited by every rank: nothing to leak under /dev/shm, and no 64 MB
-limit of a container's /dev/shm. Only the front allocates, on its event loop; the ranks are told offsets.
+One anonymous memfd, mapped by the front, the preparers and the ranks: nothing to leak under /dev/shm, and no 64 MB
+limit of a container's /dev/shm. Only the front allocates, on its event loop; the other processes are told offsets.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from encode_server.errors import TooLarge
-
-ALIGNMENT = 256  # of every slot: what a CUDA copy likes, and more than any dtype needs
+from encode_server.wire.layout import ALIGNMENT, aligned
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class _Region:
 
 
 class Arena:
-    """The front's side of the arena. `reserve` bytes at the end are kept for urgent grants (the health probe)."""
+    """The front's side of the arena. `reserve` bytes at the end are kept for the health probe."""
 
     def __init__(self, size: int, reserve: int = 4 << 20) -> None:
         self.size = size + reserve
@@ -69,17 +68,18 @@ class Arena:
         self._waiters: deque[tuple[asyncio.Future[list[Slot]], list[int]]] = deque()
         self.used = 0
 
-    async def acquire(self, sizes: Sequence[int], *, urgent: bool = False) -> list[Slot]:
-        """Slots of at least `sizes` bytes, all of them or none, granted in the order of asking.
+    async def acquire(self, sizes: Sequence[int], *, reserved: bool = False) -> list[Slot]:
+        """Slots of at least `sizes` bytes, all of them or none, granted in the order of asking. `reserved`: from the
+        part that is kept for health probes, where that has room.
 
-        Raises TooLarge at once when they could never fit.
+        Raises TooLarge immediately when they could never fit.
         """
-        rounded = [max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT) for size in sizes]
+        rounded = [max(ALIGNMENT, aligned(size)) for size in sizes]
         if sum(rounded) > self._main.size:
             raise TooLarge(
                 f"needs {sum(rounded) >> 20} MiB of working memory, this server has {self._main.size >> 20} MiB"
             )
-        if urgent and (slots := self._grant(self._reserve, rounded)):
+        if reserved and (slots := self._grant(self._reserve, rounded)):
             return slots
         if not self._waiters and (slots := self._grant(self._main, rounded)):
             return slots

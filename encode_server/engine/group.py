@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from encode_server.engine.arena import Arena
-from encode_server.engine.launch import spawn_rank
 from encode_server.errors import StartupError
-from encode_server.runtime.rundir import RunDirectory
+from encode_server.runtime.forkserver import Forkserver
+from encode_server.runtime.peer import Peer
+from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
 
-PEERS_S = 2.0  # after a rank's failure those that fail too have said so; one that has not waits in a collective
-LAST_WORDS_S = 0.2  # what a rank that has ended says of why may still be on its way
+PEERS_S = 2.0
+"""Time for other ranks to report the same failure; a rank still silent after it is stuck in a collective."""
 
 
 class GroupLost(Exception):
     """The ranks died, hang or stopped making sense. What was in flight has not been delivered.
 
-    `suspect`: this was a command being executed, so it may be the cause. `out_of_memory`: it is, for lack of memory.
+    `suspect`: the command was being executed, so the command may be the cause. `out_of_memory`: the command is the
+    cause, for lack of memory.
     """
 
     def __init__(self, reason: str, *, suspect: bool = False, out_of_memory: bool = False) -> None:
@@ -40,7 +39,7 @@ class GroupLost(Exception):
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What a group is started with; see `messages.Load`. `threads` is per rank."""
+    """What a group is started with; see `wire.ranks.RankSetup`. `threads` is per rank."""
 
     path: str
     world: int
@@ -51,87 +50,105 @@ class GroupSpec:
 
 
 @dataclass
-class _Pending:
+class Pending:
+    """A command that the ranks have not all acknowledged. `expected_s`: how long a forward should take, None where
+    nothing is known. `started`: of `time.monotonic()`, when the ranks came to it."""
+
     command: m.Acknowledged
-    started: float | None = None  # of `time.monotonic()`, when the ranks came to it
+    expected_s: float | None = None
+    started: float | None = None
     done: dict[int, m.Done] = field(default_factory=dict)
+    waited: dict[int, Waited] = field(default_factory=dict)  # by rank's process, at the first look at its age
     future: asyncio.Future[list[m.Done]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass
 class _Rank:
-    process: subprocess.Popen[bytes]
-    pidfd: int
-    socket: zmq.asyncio.Socket
+    peer: Peer
     state: str = "starting"
     info: m.EncoderInfo | None = None
-    reader: asyncio.Task[None] | None = None
 
 
 class RankGroup:
-    """Start, feed, watch and stop N ranks. Owns their processes and sockets; `stop` releases everything.
+    """Start, feed, watch and stop N ranks. Owns their processes and links; `stop` releases everything.
 
     `lost` is set, once, with the reason when the group can no longer be trusted; only `stop` makes sense then.
     """
 
-    def __init__(self, spec: GroupSpec, arena: Arena, on_progress: Callable[[int, str], None]) -> None:
-        self._spec, self._arena, self._on_progress = spec, arena, on_progress
+    def __init__(
+        self, spec: GroupSpec, forkserver: Forkserver, arena: Arena, on_progress: Callable[[int, str], None]
+    ) -> None:
+        self._spec, self._forkserver, self._arena, self._on_progress = spec, forkserver, arena, on_progress
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[str] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
-        self._context = zmq.asyncio.Context(io_threads=1)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._ranks: list[_Rank] = []
-        self._pending: dict[int, _Pending] = {}  # in the order sent, which is the order executed
+        self._pending: dict[int, Pending] = {}  # in the order sent, which is the order executed
         self._seq = itertools.count(1)
+        self.forwarded = 0  # forwards that all ranks have ended without an error
 
     @property
     def states(self) -> list[str]:
         """Per rank: starting, a loading step, ready or dead."""
         return [rank.state for rank in self._ranks]
 
-    def oldest(self) -> tuple[m.Acknowledged, float] | None:
-        """The command that has been executed for longest, and for how many seconds; None when the ranks are idle."""
-        if not self._pending:
-            return None
-        first = next(iter(self._pending.values()))
-        assert first.started is not None
-        return first.command, time.monotonic() - first.started
+    @property
+    def pids(self) -> list[int | None]:
+        """Per rank, None before its fork."""
+        return [rank.peer.pid for rank in self._ranks]
+
+    def oldest(self) -> Pending | None:
+        """The command that has been executed for longest; None when the ranks are idle."""
+        return next(iter(self._pending.values()), None)
 
     async def start(self, timeout: float) -> m.EncoderInfo:
-        """Spawn the ranks and wait until all are ready. Raises StartupError; the caller then calls `stop`."""
-        directory = RunDirectory()
+        """Fork the ranks and wait until all are ready. Raises StartupError, ForkserverLost; the caller then calls
+        `stop`."""
         store = os.memfd_create("encode-server-store")
         try:
-            self._spawn(directory, store)
             async with asyncio.timeout(timeout):
+                for index in range(self._spec.world):
+                    await self._fork(index, store)
                 await asyncio.wait((self._ready, self.lost), return_when=asyncio.FIRST_COMPLETED)
         except TimeoutError:
             raise StartupError(f"the ranks were not ready after {timeout:g} s: {', '.join(self.states)}") from None
         finally:
-            # All are connected, or nobody will: a directory that is gone cannot be left behind.
-            directory.remove()
             os.close(store)
         if self.lost.done():
             raise StartupError(self.lost.result())
-        infos = [rank.info for rank in self._ranks]
-        assert infos[0] is not None
-        return infos[0]
+        info = self._ranks[0].info
+        assert info is not None
+        return info
 
-    async def forward(self, modality: Modality, items: tuple[m.ItemRef, ...]) -> list[m.Done]:
+    async def forward(
+        self, modality: Modality, items: tuple[m.ItemRef, ...], expected_s: float | None = None
+    ) -> list[m.Done]:
         """Run one batch on every rank. Returns each rank's acknowledgement. Raises GroupLost."""
-        return await self._call(m.Forward(next(self._seq), modality, items))
+        return await self._call(m.Forward(next(self._seq), modality, items), expected_s)
 
     async def ping(self) -> None:
         """Have every rank answer. Raises GroupLost."""
         await self._call(m.Ping(next(self._seq)))
 
     async def start_profile(self, path: str, forwards: int | None) -> list[m.Done]:
-        """Have every rank record, see `messages.StartProfile`. Raises GroupLost."""
+        """Have every rank record, see `wire.ranks.StartProfile`. Raises GroupLost."""
         return await self._call(m.StartProfile(next(self._seq), path, forwards))
 
     async def stop_profile(self) -> list[m.Done]:
         """Have every rank write its trace. Raises GroupLost."""
         return await self._call(m.StopProfile(next(self._seq)))
+
+    def age_s(self, pending: Pending) -> float:
+        """Seconds that the ranks have had for the command: since they came to it, less what a rank that has not
+        acknowledged it waited for a core meanwhile. A starved machine is slow, and does not hang."""
+        if pending.started is None:
+            return 0.0
+        age = time.monotonic() - pending.started
+        late = [rank.peer.pid for index, rank in enumerate(self._ranks) if index not in pending.done and rank.peer.pid]
+        if not pending.waited:
+            pending.waited = {pid: waited(pid) for pid in late}
+        return max(0.0, age - max((starved_seconds(pid, pending.waited.get(pid, {})) for pid in late), default=0.0))
 
     def fail(self, reason: str) -> None:
         """Declare the group lost: everything in flight raises GroupLost."""
@@ -141,92 +158,29 @@ class RankGroup:
         for pending in self._pending.values():
             if not pending.future.done():
                 pending.future.set_exception(GroupLost(reason, suspect=pending.started is not None))
-                pending.future.exception()  # its caller may be gone
+                pending.future.exception()  # the caller may be gone
 
-    async def stop(self, grace: float = 5.0) -> None:
-        """End every rank (politely if the group is sound, else at once), reap them, close the sockets."""
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End every rank (politely if the group is sound, else immediately), wait until all are gone, close the
+        links."""
         polite = self._ready.done() and not self.lost.done()
         self.fail("the group was stopped")
         for rank in self._ranks:
-            asyncio.get_running_loop().remove_reader(rank.pidfd)
             if polite:
-                with contextlib.suppress(zmq.Again):  # it has just died: to wait for it would be for ever
-                    await rank.socket.send(m.encode(m.Shutdown()), flags=zmq.NOBLOCK)
+                rank.peer.link.send(m.encode(m.Shutdown()))
             else:
-                rank.process.kill()
-        deadline = time.monotonic() + grace
-        for rank in self._ranks:
-            try:
-                await asyncio.to_thread(rank.process.wait, max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                await asyncio.to_thread(rank.process.wait)
-            if rank.reader is not None:
-                rank.reader.cancel()
-            rank.socket.close(linger=0)
-            os.close(rank.pidfd)
+                rank.peer.kill()
+        await asyncio.gather(*(rank.peer.close(grace_s if polite else 0.0) for rank in self._ranks))
         self._ranks.clear()
-        self._context.destroy(linger=0)  # with a socket whose rank could not be started
+        self._context.destroy(linger=0)
 
-    def _spawn(self, directory: RunDirectory, store: int) -> None:
-        for index in range(self._spec.world):
-            path = directory.path / f"rank{index}.sock"
-            socket = self._context.socket(zmq.PAIR)
-            socket.set_hwm(0)  # commands are few and small, and none may be dropped
-            socket.bind(f"ipc://{path}")
-            process = spawn_rank(path, index, fds=(self._arena.fd, store), threads=self._spec.threads)
-            rank = _Rank(process, os.pidfd_open(process.pid), socket)
-            self._ranks.append(rank)
-            asyncio.get_running_loop().add_reader(rank.pidfd, self._on_exit, index)
-            rank.reader = asyncio.create_task(self._read(index, store))
-
-    async def _call(self, command: m.Acknowledged) -> list[m.Done]:
-        if self.lost.done():
-            raise GroupLost(self.lost.result())
-        pending = _Pending(command)
-        self._pending[command.seq] = pending
-        self._note_started()
-        frame = m.encode(command)
-        task = asyncio.current_task()
-        try:
-            for rank in self._ranks:
-                await rank.socket.send(frame)  # no high-water mark: waits only for a rank that is gone
-            # The ranks will execute it whatever happens to the caller, so its cancellation does not end the wait.
-            return await asyncio.shield(pending.future)
-        except asyncio.CancelledError:
-            if self.lost.done() and not (task and task.cancelling()):
-                # Not this caller's: the socket to a dead rank was closed while the command waited to be sent.
-                raise GroupLost(self.lost.result()) from None
-            raise
-
-    async def _read(self, index: int, store: int) -> None:
-        rank = self._ranks[index]
-        while True:
-            try:
-                event = m.decode_event(await rank.socket.recv())
-            except msgspec.MsgspecError as error:
-                self.fail(f"rank {index} sent what is no message: {error}")
-                return
-            match event:
-                case m.Hello():
-                    await rank.socket.send(m.encode(self._load(index, store)))
-                case m.Progress(_, step):
-                    rank.state = step
-                    self._on_progress(index, step)
-                case m.Ready(_, info):
-                    rank.state, rank.info = "ready", info
-                    self._on_progress(index, "ready")
-                    if all(r.info is not None for r in self._ranks) and not self._ready.done():
-                        self._ready.set_result(None)
-                case m.Done():
-                    self._acknowledge(event)
-                case m.Failed(_, message):
-                    rank.state = "failed"
-                    self.fail(message)
-
-    def _load(self, index: int, store: int) -> m.Load:
+    async def _fork(self, index: int, store: int) -> None:
+        peer = Peer(self._context, lambda frames: self._on_event(index, frames[0]))
+        rank = _Rank(peer)
+        self._ranks.append(rank)
         spec = self._spec
-        return m.Load(
+        setup = m.RankSetup(
+            socket=peer.link.path,
             path=spec.path,
             rank=index,
             world=spec.world,
@@ -234,10 +188,45 @@ class RankGroup:
             dtype=spec.dtype,
             checkpoint_dtype=spec.checkpoint_dtype,
             threads=spec.threads,
-            arena_fd=self._arena.fd,
             arena_bytes=self._arena.size,
-            store_fd=store,
         )
+        fds = (self._arena.fd, store)
+        argument = msgspec.msgpack.encode(setup)
+        await peer.start(self._forkserver, f"rank {index}", "encode_server.engine.rank:main", argument, fds)
+        peer.exited.add_done_callback(lambda exited: self._on_exit(index, rank, exited.result()))
+
+    async def _call(self, command: m.Acknowledged, expected_s: float | None = None) -> list[m.Done]:
+        if self.lost.done():
+            raise GroupLost(self.lost.result())
+        pending = Pending(command, expected_s)
+        self._pending[command.seq] = pending
+        self._note_started()
+        frame = m.encode(command)
+        for rank in self._ranks:
+            rank.peer.link.send(frame)
+        return await asyncio.shield(pending.future)
+
+    def _on_event(self, index: int, frame: bytes) -> None:
+        try:
+            event = m.decode_event(frame)
+        except msgspec.MsgspecError as error:
+            self.fail(f"rank {index} sent what is no message: {error}")
+            return
+        rank = self._ranks[index]
+        match event:
+            case m.Progress(_, step):
+                rank.state = step
+                self._on_progress(index, step)
+            case m.Ready(_, info):
+                rank.state, rank.info = "ready", info
+                self._on_progress(index, "ready")
+                if all(r.info is not None for r in self._ranks) and len(self._ranks) == self._spec.world:
+                    self._ready.set_result(None)
+            case m.Done():
+                self._acknowledge(event)
+            case m.Failed(_, message):
+                rank.state = "failed"
+                self.fail(message)
 
     def _acknowledge(self, done: m.Done) -> None:
         pending = self._pending.get(done.seq)
@@ -253,12 +242,13 @@ class RankGroup:
             self._fail_divided(pending)
         else:
             del self._pending[done.seq]
+            self.forwarded += forward and not done.error
             self._note_started()
             if not pending.future.done():
                 pending.future.set_result([pending.done[index] for index in sorted(pending.done)])
 
-    def _fail_divided(self, pending: _Pending) -> None:
-        """Some ranks left the forward before its last collective: the next one's would be paired wrongly."""
+    def _fail_divided(self, pending: Pending) -> None:
+        """Some ranks left the forward before its last collective: the next forward's would be paired wrongly."""
         if self.lost.done() or pending.command.seq not in self._pending:
             return
         reason = f"command {pending.command.seq} failed on some ranks only: {_first_error(pending.done)}"
@@ -269,7 +259,7 @@ class RankGroup:
         self.fail(reason)
 
     def _note_started(self) -> None:
-        """The ranks start commands in the order sent, so many at once."""
+        """The ranks start commands in the order sent, as many side by side as they say."""
         info = self._ranks[0].info
         for pending in itertools.islice(self._pending.values(), info.at_once if info else 1):
             if pending.started is None:
@@ -277,19 +267,10 @@ class RankGroup:
             if not isinstance(pending.command, m.Forward):
                 break  # nothing overtakes it
 
-    def _on_exit(self, index: int) -> None:
-        rank = self._ranks[index]
-        asyncio.get_running_loop().remove_reader(rank.pidfd)
-        code = rank.process.wait()
-        how = signal.Signals(-code).name if code < 0 else f"code {code}"
-        asyncio.get_running_loop().call_later(LAST_WORDS_S, self._on_gone, rank, f"rank {index} exited with {how}")
-
-    def _on_gone(self, rank: _Rank, reason: str) -> None:
-        if not self.lost.done() and int(rank.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # this loop was held up
-            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._on_gone, rank, reason)
-            return
+    def _on_exit(self, index: int, rank: _Rank, code: int) -> None:
         rank.state = "dead"
-        self.fail(reason)
+        how = signal.Signals(-code).name if code < 0 else f"code {code}"
+        self.fail(f"rank {index} exited with {how}")
 
 
 def _first_error(done: Mapping[int, m.Done]) -> str:

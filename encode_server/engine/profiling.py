@@ -6,9 +6,8 @@ import itertools
 import time
 from pathlib import Path
 
-from encode_server.engine.group import GroupLost
 from encode_server.engine.supervisor import Supervisor
-from encode_server.errors import BadRequest, Forbidden, NotReady, StartupError
+from encode_server.errors import BadRequest, Forbidden, StartupError
 from encode_server.wire.ranks import Done
 
 
@@ -32,19 +31,13 @@ class Profiling:
         Raises Forbidden without a directory, BadRequest when a profile runs already, NotReady without ranks.
         """
         name = time.strftime(f"profile-%Y%m%d-%H%M%S-{next(self._numbers)}-")
-        try:
-            _check(await engine.start_profile(str(self._checked() / name), forwards))
-        except GroupLost as lost:
-            raise NotReady(f"the encoder is not available: {lost}") from None
+        _check(await engine.start_profile(str(self._checked() / name), forwards))
         self._name = name
 
     async def stop(self, engine: Supervisor) -> list[str]:
         """Have all ranks write their traces; the names of the files in the directory. Raises as `start` does."""
         self._checked()
-        try:
-            dones = await engine.stop_profile()
-        except GroupLost as lost:
-            raise NotReady(f"the encoder is not available: {lost}") from None
+        dones = await engine.stop_profile()
         _check(dones)
         return [f"{self._name}rank{done.rank}.json.gz" for done in dones]
 

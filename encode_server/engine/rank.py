@@ -2,83 +2,37 @@
 
 With other ranks it executes one after another, because collectives have to come in one order; alone, several at once.
 
-Started by `engine.launch` as `python -m encode_server.engine.rank`. Heavy imports happen after the hello, so that the
-front knows at once that the process is up.
+The forkserver runs `main` in a child.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
 import mmap
 import os
-import queue
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import msgspec
+import torch
+import torch.distributed as dist
 import zmq
 
+from encode_server.engine.device import resolve_device, resolve_dtype
 from encode_server.engine.profiler import Profiler
 from encode_server.engine.side_by_side import SideBySide
-from encode_server.errors import StartupError
-from encode_server.runtime.leaving import leave
+from encode_server.errors import StartupError, first_line
+from encode_server.models.encoder import Encoder, load_encoder
+from encode_server.runtime.channel import Channel
 from encode_server.wire import ranks as m
 
-if TYPE_CHECKING:
-    import torch
-
-    from encode_server.models.encoder import Encoder
-
-PR_SET_PDEATHSIG = 1
 NICE = 5  # of a rank on a CPU: the front, which shares its cores, needs them seldom, for moments, and at once
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
 ON_A_CPU = 8  # batches at once, at most: beyond that Python's own part of a forward, one thread at a time, counts
 ON_A_GPU = 2  # batches at once: while one computes, the other is copied in and out
-
-
-class Channel:
-    """The rank's end of its PAIR socket to the front."""
-
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], path: str) -> None:
-        self._socket = context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.linger = 1000
-        self._socket.connect(f"ipc://{path}")
-        self._posted: queue.SimpleQueue[m.Event] = queue.SimpleQueue()
-        self._wake = os.eventfd(0)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wake, zmq.POLLIN)
-
-    def send(self, event: m.Event) -> None:
-        self._socket.send(m.encode(event))
-
-    def post(self, event: m.Event) -> None:
-        """Have `receive` send it: for other threads, which must not touch the socket."""
-        self._posted.put(event)
-        os.eventfd_write(self._wake, 1)
-
-    def receive(self) -> m.Command:
-        """Wait for the next command, and send what is posted meanwhile."""
-        while True:
-            ready = dict(self._poller.poll())
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
-                while not self._posted.empty():
-                    self.send(self._posted.get())
-            if self._socket in ready:
-                return m.decode_command(self._socket.recv())
-
-    def close(self) -> None:
-        os.close(self._wake)
-        self._socket.close()
 
 
 class TensorStore:
@@ -94,8 +48,6 @@ class TensorStore:
         Copies from other memory go through a buffer of the driver's and make their thread wait. Raises RuntimeError
         where the driver refuses; the arena is as usable as before.
         """
-        import torch
-
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         code = torch.cuda.cudart().cudaHostRegister(address, len(self._map), 0)  # type: ignore[no-untyped-call]
         try:
@@ -108,15 +60,11 @@ class TensorStore:
 
     def close(self) -> None:
         """Undo `pin`. The map itself goes with the last tensor over it."""
-        import torch
-
         if self._pinned is not None:
             torch.cuda.cudart().cudaHostUnregister(self._pinned)  # type: ignore[no-untyped-call]
             self._pinned = None
 
     def tensor(self, ref: m.TensorRef) -> torch.Tensor:
-        import torch
-
         dtype = getattr(torch, ref.dtype)
         count = 1
         for extent in ref.shape:
@@ -132,40 +80,38 @@ class Worker:
     def __init__(self, encoder: Encoder, store: TensorStore, rank: int) -> None:
         self._encoder, self._store, self._rank = encoder, store, rank
 
+    @property
+    def info(self) -> m.EncoderInfo:
+        """What was loaded."""
+        return self._encoder.info
+
     def close(self) -> None:
         """Release the store; no forward may run any more."""
         self._store.close()
 
     def forward(self, command: m.Forward) -> m.Done | m.Failed:
-        import torch
-
         try:
             started = time.perf_counter()
             items = [{ref.name: self._store.tensor(ref) for ref in item.inputs} for item in command.items]
             embeddings = self._encoder.forward(command.modality, items)
             self._synchronize()
-            forwarded = time.perf_counter()
+            forward_s = time.perf_counter() - started
             if self._rank == 0:
                 self._write(command, embeddings)
                 self._synchronize()
-            written = time.perf_counter()
         except torch.OutOfMemoryError as error:
             return self._failed(command, error, out_of_memory=True)
         except Exception as error:
             return self._failed(command, error)
-        return m.Done(self._rank, command.seq, forward_s=forwarded - started, copy_s=written - forwarded)
+        return m.Done(self._rank, command.seq, forward_s=forward_s)
 
     def _synchronize(self) -> None:
         """Wait until the device has done what this thread asked of it."""
-        import torch
-
         if self._encoder.info.device != "cpu":
             torch.cuda.current_stream(self._encoder.info.device).synchronize()
 
     def _failed(self, command: m.Forward, error: Exception, *, out_of_memory: bool = False) -> m.Done | m.Failed:
         """The batch's failure; the rank's where it broke the CUDA context, in which nothing works any more."""
-        import torch
-
         try:
             if self._encoder.info.device != "cpu":
                 torch.cuda.synchronize(self._encoder.info.device)
@@ -184,82 +130,68 @@ class Worker:
 def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threads: SideBySide | None) -> None:
     """Execute commands until `Shutdown`; forwards on `threads`, but for those that are profiled."""
     while True:
-        match channel.receive():
+        match m.decode_command(channel.receive()[0]):
             case m.Forward() as command if threads is not None and not profiler.running:
                 threads.submit(partial(_forward_and_post, worker, command, channel))
             case m.Forward() as command:
-                channel.send(worker.forward(command))
+                channel.send(m.encode(worker.forward(command)))
                 with contextlib.suppress(Exception):  # a trace that cannot be written is no reason to fail an item
                     profiler.forwarded()
             case m.StartProfile(seq, path, forwards):
-                channel.send(_attempt(rank, seq, lambda: profiler.start(f"{path}rank{rank}.json.gz", forwards)))
+                start = partial(profiler.start, f"{path}rank{rank}.json.gz", forwards)
+                channel.send(m.encode(_attempt(rank, seq, start)))
             case m.StopProfile(seq):
-                channel.send(_attempt(rank, seq, profiler.stop))
+                channel.send(m.encode(_attempt(rank, seq, profiler.stop)))
             case m.Ping(seq):
-                channel.send(m.Done(rank, seq))
+                channel.send(m.encode(m.Done(rank, seq)))
             case m.Shutdown():
                 return
-            case m.Load():
-                raise StartupError("the front sent Load to a loaded rank")
 
 
-def load(command: m.Load, channel: Channel) -> tuple[Worker, m.EncoderInfo]:
-    """Join the group and load the encoder. The front's first health probe warms it up."""
-
-    def progress(step: str) -> None:
-        channel.send(m.Progress(command.rank, step))
-
-    progress("importing torch")
-    import torch
-    import torch.distributed as dist
-
-    from encode_server.engine.device import resolve_device, resolve_dtype
-
-    torch.set_num_threads(command.threads)
-    device = resolve_device(command.device, command.rank)
+def load(setup: m.RankSetup, arena_fd: int, store_fd: int, progress: Callable[[str], None]) -> Worker:
+    """Join the group and load the encoder. The front's first health probe warms the encoder up."""
+    torch.set_num_threads(setup.threads)
+    device = resolve_device(setup.device, setup.rank)
     if device == "cpu":
         os.nice(NICE)
     else:
         torch.cuda.set_device(device)
-    if command.world > 1:
+    if setup.world > 1:
         progress("joining the group")
         # A FileStore on the inherited memfd: torch's TCPStore would let any local user join, and a file could leak.
         dist.init_process_group(
             "gloo" if device == "cpu" else "nccl",
-            store=dist.FileStore(f"/proc/self/fd/{command.store_fd}", command.world),  # type: ignore[attr-defined]
-            rank=command.rank,
-            world_size=command.world,
+            store=dist.FileStore(f"/proc/self/fd/{store_fd}", setup.world),  # type: ignore[attr-defined]
+            rank=setup.rank,
+            world_size=setup.world,
             device_id=None if device == "cpu" else torch.device(device),  # connect now, not in the first forward
         )
     progress("loading weights")
-    from encode_server.models.encoder import load_encoder
-
     encoder = load_encoder(
-        command.path,
+        setup.path,
         device=device,
-        dtype=resolve_dtype(command.dtype, command.checkpoint_dtype, device),
-        rank=command.rank,
-        world=command.world,
+        dtype=resolve_dtype(setup.dtype, setup.checkpoint_dtype, device),
+        rank=setup.rank,
+        world=setup.world,
     )
     if device != "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # of the weights' way to the device: what was freed is kept otherwise
-    info = encoder.info
-    if command.world == 1:
-        at_once = min(command.threads, ON_A_CPU) if device == "cpu" else ON_A_GPU
+    if setup.world == 1:
+        at_once = min(setup.threads, ON_A_CPU) if device == "cpu" else ON_A_GPU
         small = SMALL_BATCH if device == "cpu" and at_once > 1 else None
-        info = msgspec.structs.replace(info, at_once=at_once, batch_cost=small)
-    store = TensorStore(command.arena_fd, command.arena_bytes)
+        encoder.info = msgspec.structs.replace(encoder.info, at_once=at_once, batch_cost=small)
+    store = TensorStore(arena_fd, setup.arena_bytes)
     if device != "cpu":
         progress("pinning the arena")
         try:
             store.pin()
         except RuntimeError as error:
-            progress(f"the arena is not pinned, copies will wait for the device: {_one_line(error)}")
-    return Worker(encoder, store, command.rank), info
+            progress(f"the arena is not pinned, copies will wait for the device: {first_line(error)}")
+    return Worker(encoder, store, setup.rank)
 
 
 def _forward_and_post(worker: Worker, command: m.Forward, channel: Channel) -> None:
-    channel.post(worker.forward(command))
+    channel.post(m.encode(worker.forward(command)))
 
 
 @contextlib.contextmanager
@@ -269,8 +201,6 @@ def _side_by_side(info: m.EncoderInfo, cores: int) -> Iterator[SideBySide | None
         return
 
     def own_stream() -> None:
-        import torch
-
         if info.device != "cpu":
             # Of this thread; it sets its device too.
             torch.cuda.set_stream(torch.cuda.Stream(info.device))  # type: ignore[no-untyped-call]
@@ -285,8 +215,7 @@ def _side_by_side(info: m.EncoderInfo, cores: int) -> Iterator[SideBySide | None
 @contextlib.contextmanager
 def _joined_group() -> Iterator[None]:
     yield
-    dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -294,56 +223,36 @@ def _attempt(rank: int, seq: int, action: Callable[[], None]) -> m.Done:
     try:
         action()
     except (ValueError, OSError, RuntimeError) as error:
-        return m.Done(rank, seq, error=str(error).strip().split("\n", 1)[0] or type(error).__name__)
+        return m.Done(rank, seq, error=first_line(error))
     return m.Done(rank, seq)
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _die_with(parent: int) -> None:
-    """Ask the kernel to kill this process when the front dies, however it dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request
-        sys.exit(1)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="encode_server.engine.rank")
-    parser.add_argument("--socket", required=True)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    args = parser.parse_args()
-    _die_with(args.parent)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # for the front, which shuts its ranks down when work has ended
-        signal.signal(signum, signal.SIG_IGN)
-
+def main(argument: bytes, fds: Sequence[int]) -> int:
+    """Load, say so, and execute commands."""
+    setup = msgspec.msgpack.decode(argument, type=m.RankSetup)
+    arena_fd, store_fd = fds
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    channel = Channel(context, args.socket)
+    channel = Channel(context, setup.socket)
     try:
-        channel.send(m.Hello(args.rank))
-        command = channel.receive()
-        if not isinstance(command, m.Load):
-            return 0
         with _joined_group(), contextlib.ExitStack() as freed:
-            worker, info = load(command, channel)
+            worker = load(setup, arena_fd, store_fd, lambda step: channel.send(m.encode(m.Progress(setup.rank, step))))
             freed.callback(worker.close)
+            info = worker.info
             gc.freeze()  # what is loaded stays: a collection that walks through it would idle the device
-            channel.send(m.Ready(args.rank, info))
-            with _side_by_side(info, command.threads) as threads:
-                serve(channel, worker, Profiler(info.device), args.rank, threads)
+            channel.send(m.encode(m.Ready(setup.rank, info)))
+            with _side_by_side(info, setup.threads) as threads:
+                serve(channel, worker, Profiler(info.device), setup.rank, threads)
     except StartupError as error:
-        channel.send(m.Failed(args.rank, str(error)))
+        channel.send(m.encode(m.Failed(setup.rank, str(error))))
         return 3
     except Exception as error:
-        channel.send(m.Failed(args.rank, _one_line(error)))
+        channel.send(m.encode(m.Failed(setup.rank, _one_line(error))))
         raise
     finally:
         channel.close()
         context.term()
     return 0
-
-
-if __name__ == "__main__":
-    leave(main())

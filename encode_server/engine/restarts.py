@@ -8,31 +8,37 @@ from collections.abc import Callable
 
 FIRST_DELAY_S = 0.25
 LONGEST_DELAY_S = 15.0
-STEADY_S = 10.0  # a group that has run for so long is not one that dies of being started
 
 
 class Restarts:
-    """At most `allowed` restarts within `window_s` seconds. One after the other waits twice as long, up to 15 s, until
-    a group has been ready for 10 s: ranks that die at once are not helped by haste, others need no punishment.
+    """Ranks that had got work done are started again immediately, however often they are lost. Ranks that end before
+    they have done anything are not helped by haste: at most `allowed` such losses within `window_s` seconds, each
+    followed by twice the delay of the last one, up to 15 s.
     """
 
     def __init__(self, allowed: int, window_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._allowed, self._window_s, self._clock = allowed, window_s, clock
-        self._recent: deque[float] = deque()
+        self._barren: deque[float] = deque()
         self._in_a_row = 0
         self.count = 0
 
-    def delay(self, ready_s: float) -> float | None:
+    def delay(self, *, worked: bool) -> float | None:
         """Seconds to wait before the next start, which is counted; None when there must be none.
 
-        `ready_s`: for how long the lost group had been ready.
+        `worked`: the lost group had ended a forward.
         """
-        now = self._clock()
-        while self._recent and now - self._recent[0] > self._window_s:
-            self._recent.popleft()
-        if len(self._recent) >= self._allowed:
+        if self._allowed == 0:
             return None
-        self._recent.append(now)
+        if worked:
+            self._in_a_row = 0
+            self.count += 1
+            return 0.0
+        now = self._clock()
+        while self._barren and now - self._barren[0] > self._window_s:
+            self._barren.popleft()
+        if len(self._barren) >= self._allowed:
+            return None
+        self._barren.append(now)
+        self._in_a_row += 1
         self.count += 1
-        self._in_a_row = 0 if ready_s >= STEADY_S else self._in_a_row + 1
-        return min(FIRST_DELAY_S * 2.0 ** max(0, self._in_a_row - 1), LONGEST_DELAY_S)
+        return float(min(FIRST_DELAY_S * 2 ** (self._in_a_row - 1), LONGEST_DELAY_S))

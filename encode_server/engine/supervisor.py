@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from enum import StrEnum
 
 from encode_server.engine.arena import Arena
-from encode_server.engine.group import GroupLost, GroupSpec, RankGroup
+from encode_server.engine.group import GroupLost, GroupSpec, Pending, RankGroup
 from encode_server.engine.restarts import Restarts
-from encode_server.errors import StartupError
+from encode_server.errors import NotReady, StartupError
+from encode_server.runtime.changes import Changes
+from encode_server.runtime.forkserver import Forkserver, ForkserverLost
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
 
 PROFILE_LIMIT_S = 300.0  # a trace of many forwards takes long to write
+LEAST_LIMIT_S = 5.0  # no forward is taken for a hang before
+OVERDUE = 10.0  # times what a forward should have taken
+COLD_FORWARDS = 4  # of a new group, which still compile kernels: only the upper bound holds for them
+WATCH_S = 0.25
 
 
 class EngineState(StrEnum):
@@ -33,7 +38,8 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True)
 class SupervisorOptions:
-    """`restarts` within `window_s` seconds are tried; one more ends the server. Times in seconds."""
+    """`restarts` of ranks that did nothing are tried within `window_s` seconds; one more ends the server. `stall_s`:
+    the upper bound of what a forward may take. Times in seconds."""
 
     stall_s: float
     load_timeout_s: float
@@ -46,17 +52,11 @@ class SupervisorOptions:
 class Supervisor:
     """Owner of the rank group. `run` lives as long as the server; everything else asks it."""
 
-    def __init__(
-        self,
-        spec: GroupSpec,
-        arena: Arena,
-        options: SupervisorOptions,
-        on_fatal: Callable[[str], None],
-    ) -> None:
-        self._spec, self._arena, self._options, self._on_fatal = spec, arena, options, on_fatal
+    def __init__(self, spec: GroupSpec, forkserver: Forkserver, arena: Arena, options: SupervisorOptions) -> None:
+        self._spec, self._forkserver, self._arena, self._options = spec, forkserver, arena, options
         self._group: RankGroup | None = None
         self._restarts = Restarts(options.restarts, options.window_s)
-        self._changed = asyncio.Event()
+        self._changes = Changes()
         self._state, self._reason = EngineState.LOADING, "the ranks are loading"
         self.info: m.EncoderInfo | None = None
 
@@ -87,9 +87,22 @@ class Supervisor:
         """Per rank, see `RankGroup.states`."""
         return self._group.states if self._group else []
 
-    def oldest(self) -> tuple[m.Acknowledged, float] | None:
-        """The command being executed and its age in seconds, see `RankGroup.oldest`."""
-        return self._group.oldest() if self._group else None
+    @property
+    def rank_pids(self) -> list[int | None]:
+        """Per rank, None before its fork."""
+        return self._group.pids if self._group else []
+
+    def forward_age_s(self) -> float | None:
+        """Seconds since the ranks came to the oldest forward that they execute; None when they execute none."""
+        oldest = self._group.oldest() if self._group else None
+        if oldest is None or oldest.started is None or not isinstance(oldest.command, m.Forward):
+            return None
+        return time.monotonic() - oldest.started
+
+    def limit_s(self) -> float:
+        """How long the oldest command may take before the ranks count as hanging."""
+        oldest = self._group.oldest() if self._group else None
+        return self._limit_s(oldest) if oldest is not None else self._options.stall_s
 
     @property
     def ready(self) -> bool:
@@ -101,96 +114,121 @@ class Supervisor:
         while not self.ready:
             if self.state in (EngineState.FAILED, EngineState.STOPPED):
                 raise GroupLost(self.reason)
-            await self._changed.wait()
+            await self._changes.wait()
         assert self.info is not None
         return self.info
 
-    async def forward(self, modality: Modality, items: tuple[m.ItemRef, ...]) -> list[m.Done]:
-        """Run one batch, see `RankGroup.forward`."""
-        if self._group is None or not self.ready:
-            raise GroupLost(self.reason)
-        return await self._group.forward(modality, items)
+    async def changed(self) -> None:
+        """Return at the next change of state."""
+        await self._changes.wait()
+
+    async def until_ready(self) -> m.EncoderInfo:
+        """`wait_ready` for a request: raises NotReady when forwards can never be sent again."""
+        try:
+            return await self.wait_ready()
+        except GroupLost as lost:
+            raise NotReady(f"the encoder is not available: {lost}") from None
+
+    async def forward(
+        self, modality: Modality, items: tuple[m.ItemRef, ...], expected_s: float | None = None
+    ) -> list[m.Done]:
+        """Run one batch, which should take `expected_s`, see `RankGroup.forward`."""
+        return await self._sound().forward(modality, items, expected_s)
 
     async def start_profile(self, path: str, forwards: int | None) -> list[m.Done]:
-        """Have every rank record, see `messages.StartProfile`. Raises GroupLost."""
-        if self._group is None or not self.ready:
-            raise GroupLost(self.reason)
-        return await self._group.start_profile(path, forwards)
+        """Have every rank record, see `wire.ranks.StartProfile`. Raises NotReady."""
+        try:
+            return await self._sound().start_profile(path, forwards)
+        except GroupLost as lost:
+            raise NotReady(f"the encoder is not available: {lost}") from None
 
     async def stop_profile(self) -> list[m.Done]:
-        """Have every rank write its trace. Raises GroupLost."""
+        """Have every rank write its trace. Raises NotReady."""
+        try:
+            return await self._sound().stop_profile()
+        except GroupLost as lost:
+            raise NotReady(f"the encoder is not available: {lost}") from None
+
+    def _sound(self) -> RankGroup:
         if self._group is None or not self.ready:
             raise GroupLost(self.reason)
-        return await self._group.stop_profile()
+        return self._group
 
     async def run(self) -> None:
-        """Start the group, and again whenever it is lost, until cancelled or until it fails too often."""
-        while True:
-            group = RankGroup(self._spec, self._arena, self._log_progress)
-            self._group = group
-            started = time.monotonic()
-            ready = float("inf")
-            try:
-                self.info = await group.start(self._options.load_timeout_s)
-                ready = time.monotonic()
-                log.info("ranks ready after %.1f s: %s", ready - started, self.info)
-                self._set(EngineState.READY, "")
-                reason = await self._watch(group)
-            except StartupError as error:
-                reason = str(error)
-            except asyncio.CancelledError:
+        """Start the group, and again whenever it is lost, until cancelled. Raises StartupError when the ranks cannot
+        load or are lost too often."""
+        try:
+            while True:
+                reason, worked = await self._live_once()
+                delay = None if self.info is None else self._restarts.delay(worked=worked)
+                if delay is None:
+                    raise StartupError(reason)
+                log.error("ranks lost (%s); restarting in %.2f s", reason, delay)
+                await asyncio.sleep(delay)
+        except StartupError as error:
+            self._set(EngineState.FAILED, str(error))
+            raise
+        finally:
+            if self._state is not EngineState.FAILED:
                 self._set(EngineState.STOPPED, "the server is stopping")
-                await group.stop()
-                raise
-            except Exception as error:  # no descriptors, no processes, a socket path too long, …
-                log.exception("the ranks could not be started")
-                reason = f"the ranks could not be started: {type(error).__name__}: {error}"
-            lost = time.monotonic()
-            # Reaped before anything is replayed: a dying rank must not write into slots that are granted again.
-            self._set(EngineState.RESTARTING, reason)
-            await _to_its_end(group.stop(grace=1.0))
-            delay = None if self.info is None else self._restarts.delay(max(0.0, lost - ready))
-            if delay is None:
-                self._set(EngineState.FAILED, reason)
-                self._on_fatal(reason)
-                return
-            log.error("ranks lost (%s); restarting in %.2f s", reason, delay)
-            await asyncio.sleep(delay)
+
+    async def _live_once(self) -> tuple[str, bool]:
+        """One group from its start to its end: why it was lost, and whether it had got work done."""
+        group = RankGroup(self._spec, self._forkserver, self._arena, self._log_progress)
+        self._group = group
+        started = time.monotonic()
+        try:
+            self.info = await group.start(self._options.load_timeout_s)
+            log.info("ranks ready after %.2f s: %s", time.monotonic() - started, self.info)
+            self._set(EngineState.READY, "")
+            reason = await self._watch(group)
+        except (StartupError, ForkserverLost) as error:
+            reason = str(error)
+        except OSError as error:  # no descriptors, no processes, a socket path too long, …
+            log.exception("the ranks could not be started")
+            reason = f"the ranks could not be started: {type(error).__name__}: {error}"
+        except asyncio.CancelledError:
+            self._set(EngineState.STOPPED, "the server is stopping")
+            await group.stop()
+            raise
+        # All ranks are gone before anything is replayed: a dying rank must not write into slots that are granted again.
+        self._set(EngineState.RESTARTING, reason)
+        await group.stop(grace_s=1.0)
+        return reason, group.forwarded > 0
 
     async def _watch(self, group: RankGroup) -> str:
         """Return the reason once the group is lost: a death it reports, a stalled command, an unanswered ping."""
         pinged = time.monotonic()
         while not group.lost.done():
-            await asyncio.wait((group.lost,), timeout=min(0.25, self._options.stall_s / 4))
+            await asyncio.wait((group.lost,), timeout=min(WATCH_S, self._options.stall_s / 4))
             oldest = group.oldest()
             if oldest is not None:
-                what, limit = ("a forward", self._options.stall_s)
-                if isinstance(oldest[0], m.StartProfile | m.StopProfile):
-                    what, limit = ("a profile", max(self._options.stall_s, PROFILE_LIMIT_S))
-                elif isinstance(oldest[0], m.Ping):
-                    what, limit = ("a ping", min(self._options.stall_s, self._options.ping_limit_s))
-                if oldest[1] > limit:
-                    group.fail(f"the ranks hang: {what} has not ended after {oldest[1]:.1f} s")
+                age, limit = group.age_s(oldest), self._limit_s(oldest)
+                if age > limit:
+                    what = type(oldest.command).__name__.lower()
+                    group.fail(
+                        f"the ranks hang: a {what} has not ended after {age:.1f} s, expected within {limit:.1f} s"
+                    )
             elif time.monotonic() - pinged > self._options.ping_s:
                 pinged = time.monotonic()
                 task = asyncio.create_task(group.ping())
                 task.add_done_callback(lambda t: t.cancelled() or t.exception())
         return group.lost.result()
 
+    def _limit_s(self, pending: Pending) -> float:
+        """How long the ranks may take for a command: a forward ten times what it should take, but 5 s at least."""
+        stall_s = self._options.stall_s
+        if isinstance(pending.command, m.StartProfile | m.StopProfile):
+            return max(stall_s, PROFILE_LIMIT_S)
+        if isinstance(pending.command, m.Ping):
+            return min(stall_s, self._options.ping_limit_s)
+        if pending.expected_s is None or self._group is None or self._group.forwarded < COLD_FORWARDS:
+            return stall_s
+        return min(stall_s, max(LEAST_LIMIT_S, OVERDUE * pending.expected_s))
+
     def _set(self, state: EngineState, reason: str) -> None:
         self._state, self._reason = state, reason
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changes.announce()
 
     def _log_progress(self, rank: int, step: str) -> None:
         log.info("rank %d: %s", rank, step)
-
-
-async def _to_its_end(work: Coroutine[None, None, None]) -> None:
-    """Await `work` also when cancelled meanwhile: half of a stop leaves processes, and sockets that nobody closes."""
-    task = asyncio.create_task(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise

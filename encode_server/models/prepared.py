@@ -25,4 +25,4 @@ class Prepared:
     cost: int
     pairs: int = 0
     grid_thw: tuple[int, int, int] | None = None
-    extra: dict[str, float | int | list[float] | list[int]] = field(default_factory=dict)
+    extra: dict[str, float | int | list[float]] = field(default_factory=dict)

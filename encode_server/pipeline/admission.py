@@ -1,13 +1,14 @@
-"""Who may come in: bounds on the requests, bytes and encoder tokens in work, and on one client's share of them."""
+"""Who may come in: bounds on the requests, bytes and encoder tokens in progress, and on one client's share of them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NoReturn
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 
 from encode_server.errors import TooBusy, TooLarge
 from encode_server.telemetry.metrics import Metrics
@@ -18,7 +19,8 @@ RATE_WINDOW_S = 5.0  # over which the drain rate forgets
 
 @dataclass(frozen=True)
 class AdmissionLimits:
-    """`client_share`: the part of each of the others that one client may hold beside others, above 0 and up to 1."""
+    """`client_share`: the largest part of each of the others that one client may hold while others are active, above 0
+    and up to 1."""
 
     max_requests: int
     max_bytes: int
@@ -28,27 +30,41 @@ class AdmissionLimits:
 
 @dataclass
 class Held:
-    """What is in work, of all or of one client."""
+    """What is in progress, of all or of one client."""
 
     requests: int = 0
     bytes: int = 0
     tokens: int = 0
 
 
-class Ticket:
-    """One request's place, and what it has been found to weigh so far."""
+@dataclass(frozen=True)
+class _Refusal:
+    reason: str
+    full: bool  # for everybody, not for this client's share
 
-    def __init__(self, admission: Admission, client: str) -> None:
-        self._admission, self.client = admission, client
+
+@dataclass(eq=False)
+class _Waiter:
+    client: str
+    declared_bytes: int
+    ticket: asyncio.Future[Ticket] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Ticket:
+    """One request's place, and what the request has been found to weigh so far."""
+
+    def __init__(self, admission: Admission, client: str, *, patient: bool) -> None:
+        self._admission, self.client, self._patient = admission, client, patient
         self.bytes = self.tokens = 0
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
         """Count what is now known of the request: bytes received or fetched, encoder tokens to forward.
 
-        Raises TooLarge when its bytes alone are above the bound, TooBusy when they are with those of others.
+        Raises TooLarge when its bytes alone are above the bound, TooBusy when they are together with those of others. A
+        request that was admitted patiently is counted in the second case: its caller cannot be told to come again.
         """
         if nbytes > 0:
-            self._admission.check_room(self, nbytes)
+            self._admission.check_room(self, nbytes, refuse=not self._patient)
         self.count(nbytes=nbytes, tokens=tokens)
 
     def count(self, *, nbytes: int, tokens: int) -> None:
@@ -59,30 +75,56 @@ class Ticket:
 
 
 class Admission:
-    """Counts what is in work and refuses more than the limits, before a request's body is read."""
+    """Counts what is in progress and refuses more than the limits, before a request's body is read."""
 
     def __init__(self, limits: AdmissionLimits, metrics: Metrics) -> None:
         self._limits, self._metrics = limits, metrics
         self.held = Held()
         self._clients: dict[str, Held] = {}
         self._refused: dict[str, float] = {}  # clients that were, and when: for a while they count as waiting
+        self._door: deque[_Waiter] = deque()  # who waits to be admitted, in the order of arrival
         self._rate = 0.0  # requests ended per second, decaying
         self._rated_at = time.monotonic()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait at the door, their bodies unread."""
+        return len(self._door)
 
     @contextlib.contextmanager
     def admit(self, client: str, declared_bytes: int) -> Iterator[Ticket]:
         """Hold one place. Raises TooBusy, with `Retry-After` from the rate at which requests have been ending."""
-        self._check(client, declared_bytes)
-        ticket = Ticket(self, client)
-        self.count(client, requests=1)
-        # Held from now on: many that begin at once must not all find room.
-        ticket.count(nbytes=declared_bytes, tokens=0)
-        try:
+        if (refusal := self._refusal(client, declared_bytes)) is not None:
+            if refusal.full:
+                self._forget_refused()
+                self._refused[client] = time.monotonic()
+            raise self._too_busy(refusal.reason)
+        with self._held(self._enter(client, declared_bytes, patient=False)) as ticket:
             yield ticket
+
+    @contextlib.asynccontextmanager
+    async def admit_patiently(self, client: str, declared_bytes: int, wait_s: float) -> AsyncIterator[Ticket]:
+        """Hold one place, and wait for it, first come, first served, where there is none. Raises TooBusy after
+        `wait_s` seconds."""
+        waiter = _Waiter(client, declared_bytes)
+        self._door.append(waiter)
+        self._open_door()
+        try:
+            async with asyncio.timeout(wait_s):
+                await asyncio.wait((waiter.ticket,))
+        except TimeoutError:
+            if not waiter.ticket.done():
+                refusal = self._refusal(client, declared_bytes)
+                raise self._too_busy(refusal.reason if refusal else "the request's time was up at the door") from None
+        except asyncio.CancelledError:
+            if waiter.ticket.done():  # admitted in the same moment
+                self._leave(waiter.ticket.result())
+            raise
         finally:
-            ticket.count(nbytes=-ticket.bytes, tokens=-ticket.tokens)
-            self.count(client, requests=-1)
-            self._rate = self._decayed() + 1 / RATE_WINDOW_S
+            if waiter in self._door:
+                self._door.remove(waiter)
+        with self._held(waiter.ticket.result()) as ticket:
+            yield ticket
 
     def count(self, client: str, *, requests: int = 0, nbytes: int = 0, tokens: int = 0) -> None:
         """Add to what is held by all and by this client, which is forgotten when it holds no request."""
@@ -93,56 +135,87 @@ class Admission:
             held.tokens += tokens
         if not mine.requests:
             del self._clients[client]
-        self._metrics.in_work.set(self.held.requests)
 
-    def check_room(self, ticket: Ticket, nbytes: int) -> None:
-        """Raise when there is no room for so many bytes more of this request."""
+    def check_room(self, ticket: Ticket, nbytes: int, *, refuse: bool) -> None:
+        """Raise TooLarge when so many bytes more are too much for one request, TooBusy, if it is to be refused, when
+        they are too much beside others."""
         most = self._limits.max_bytes
         if ticket.bytes + nbytes > most:
             raise TooLarge(f"the request holds more than {most >> 20} MiB of media")
-        if self.held.bytes + nbytes > most:
-            self._refuse_full(ticket.client, f"{self.held.bytes >> 20} MiB of media are in work", f"{most >> 20} MiB")
+        if refuse and self.held.bytes + nbytes > most:
+            self._forget_refused()
+            self._refused[ticket.client] = time.monotonic()
+            raise self._too_busy(f"{self.held.bytes >> 20} MiB of media are in progress, the limit is {most >> 20} MiB")
 
-    def _check(self, client: str, declared_bytes: int) -> None:
+    @contextlib.contextmanager
+    def _held(self, ticket: Ticket) -> Iterator[Ticket]:
+        try:
+            yield ticket
+        finally:
+            self._leave(ticket)
+
+    def _enter(self, client: str, declared_bytes: int, *, patient: bool) -> Ticket:
+        ticket = Ticket(self, client, patient=patient)
+        self.count(client, requests=1)
+        # Held from now on: many that begin concurrently must not all find room.
+        ticket.count(nbytes=declared_bytes, tokens=0)
+        return ticket
+
+    def _leave(self, ticket: Ticket) -> None:
+        ticket.count(nbytes=-ticket.bytes, tokens=-ticket.tokens)
+        self.count(ticket.client, requests=-1)
+        self._rate = self._decayed() + 1 / RATE_WINDOW_S
+        self._open_door()
+
+    def _open_door(self) -> None:
+        """Admit who waits, as far as there is room."""
+        for waiter in list(self._door):
+            refusal = self._refusal(waiter.client, waiter.declared_bytes)
+            if refusal is None:
+                self._door.remove(waiter)
+                waiter.ticket.set_result(self._enter(waiter.client, waiter.declared_bytes, patient=True))
+            elif refusal.full:
+                return
+
+    def _refusal(self, client: str, declared_bytes: int) -> _Refusal | None:
+        """Why this client cannot come in now."""
         limits, all_held, mine = self._limits, self.held, self._clients.get(client, Held())
         if all_held.requests >= limits.max_requests:
-            self._refuse_full(client, f"{all_held.requests} requests are in work", str(limits.max_requests))
+            return _Refusal(f"{all_held.requests} requests are in progress, the limit is {limits.max_requests}", True)
         if all_held.bytes and all_held.bytes + declared_bytes > limits.max_bytes:
-            most = f"{limits.max_bytes >> 20} MiB"
-            self._refuse_full(client, f"{all_held.bytes >> 20} MiB of media are in work", most)
+            held, most = all_held.bytes >> 20, limits.max_bytes >> 20
+            return _Refusal(f"{held} MiB of media are in progress, the limit is {most} MiB", True)
         if all_held.tokens > limits.max_tokens:
-            self._refuse_full(client, f"{all_held.tokens} encoder tokens are in work", str(limits.max_tokens))
+            reason = f"{all_held.tokens} encoder tokens are in progress, the limit is {limits.max_tokens}"
+            return _Refusal(reason, True)
         if mine.requests and self._others(client):
             share = limits.client_share
-            if mine.requests >= max(1, int(limits.max_requests * share)):
-                self._refuse_share(f"{mine.requests} requests")
-            if mine.bytes + declared_bytes > limits.max_bytes * share:
-                self._refuse_share(f"{mine.bytes >> 20} MiB of media")
-            if mine.tokens > limits.max_tokens * share:
-                self._refuse_share(f"{mine.tokens} encoder tokens")
+            for over, what in (
+                (mine.requests >= max(1, int(limits.max_requests * share)), f"{mine.requests} requests"),
+                (mine.bytes + declared_bytes > limits.max_bytes * share, f"{mine.bytes >> 20} MiB of media"),
+                (mine.tokens > limits.max_tokens * share, f"{mine.tokens} encoder tokens"),
+            ):
+                if over:
+                    return _Refusal(
+                        f"this client has {what} in progress, its full share while others are active", False
+                    )
+        return None
 
     def _others(self, client: str) -> bool:
-        """Whether anybody else is in work or has been refused lately."""
+        """Whether anybody else has a request in progress, waits at the door, or has been refused lately."""
         self._forget_refused()
-        return any(name != client for name in (*self._clients, *self._refused))
+        waiting = (waiter.client for waiter in self._door)
+        return any(name != client for name in (*self._clients, *self._refused, *waiting))
 
     def _forget_refused(self) -> None:
         since = time.monotonic() - WAITING_S
         self._refused = {name: at for name, at in self._refused.items() if at > since}
 
-    def _refuse_full(self, client: str, what: str, limit: str) -> NoReturn:
-        self._forget_refused()
-        self._refused[client] = time.monotonic()
-        self._refuse(f"{what}, the limit is {limit}")
-
-    def _refuse_share(self, what: str) -> NoReturn:
-        self._refuse(f"{what} of this client are in work, its share while others wait too")
-
-    def _refuse(self, reason: str) -> NoReturn:
-        # Half of what is in work should be gone by then; nothing measured yet means a cold start.
+    def _too_busy(self, reason: str) -> TooBusy:
+        # Half of what is in progress should be gone by then; nothing measured yet means a cold start.
         rate = self._decayed()
         wait = math.ceil(self.held.requests / 2 / rate) if rate > 0.01 else 1
-        raise TooBusy(reason, headers={"Retry-After": str(min(max(wait, 1), 60))})
+        return TooBusy(reason, headers={"Retry-After": str(min(max(wait, 1), 60))})
 
     def _decayed(self) -> float:
         now = time.monotonic()

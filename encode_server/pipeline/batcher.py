@@ -10,41 +10,61 @@ import logging
 import time
 from collections import deque
 from collections.abc import Mapping
+from typing import Protocol
 
 from encode_server.engine.group import GroupLost
-from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import DeadlineExceeded, EncodeFailed, NotReady
 from encode_server.pipeline.cost import ForwardCost
 from encode_server.pipeline.fair_queue import FairQueue
-from encode_server.pipeline.work import Placement, Work
+from encode_server.pipeline.jobs import Job, Piece
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.modality import Modality
-from encode_server.wire.ranks import Done
+from encode_server.wire.ranks import Done, EncoderInfo, ItemRef
 
 log = logging.getLogger(__name__)
 
 WAITING = 1  # batches in the ranks' sockets beside those being executed, so that the device never waits for the front
-LARGE = 4  # times the cost of the batches that ranks execute side by side: beyond it one goes alone
-MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before it is taken apart
+LARGE = 4  # a batch above this many times `batch_cost` runs alone, on all cores
+MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before the batch is taken apart
+
+
+class Engine(Protocol):
+    """The ranks, as the batcher sees them."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether forwards can be sent."""
+
+    @property
+    def info(self) -> EncoderInfo | None:
+        """What the ranks loaded; None before they have."""
+
+    async def wait_ready(self) -> EncoderInfo:
+        """Return once forwards can be sent. Raises GroupLost when they never will be again."""
+
+    async def forward(
+        self, modality: Modality, items: tuple[ItemRef, ...], expected_s: float | None = None
+    ) -> list[Done]:
+        """Run one batch on every rank. Raises GroupLost."""
 
 
 class Batcher:
-    """Accepts items, forwards them in batches, and ends each exactly once."""
+    """Accepts jobs, forwards their pieces in batches, and ends each piece exactly once, in `_end`."""
 
-    def __init__(self, engine: Supervisor, budgets: Mapping[Modality, int], metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, budgets: Mapping[Modality, int], metrics: Metrics) -> None:
         self._engine, self._metrics = engine, metrics
         self._budgets = dict(budgets)
         self._costs = {modality: ForwardCost() for modality in budgets}
         self._queue = FairQueue(self._cost)
-        self._retries: deque[list[Work]] = deque()  # batches to send as they are, each alone
-        self._alone = False  # a batch of these is in flight
+        self._retries: deque[list[Piece]] = deque()  # batches to send as they are, each alone
+        self._alone = False  # the batch in flight must be the only one
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
         self._closed: str | None = None  # why nothing is forwarded any more
 
     @property
     def queued(self) -> int:
-        """Pieces of work waiting for a batch."""
+        """Pieces that wait for a batch."""
         return len(self._queue) + sum(map(len, self._retries))
 
     @property
@@ -62,12 +82,12 @@ class Batcher:
         budget, info = self._budgets[modality], self._engine.info
         return min(budget, info.batch_cost) if info and info.batch_cost else budget
 
-    def submit(self, placement: Placement) -> None:
-        """Queue an item; `placement.finished` says how it ended."""
+    def submit(self, job: Job) -> None:
+        """Queue a job; `job.finished` says how it ended."""
         if self._closed is not None:
-            placement.work_failed(NotReady(self._closed))
+            job.fail(NotReady(self._closed))
             return
-        self._queue.put(placement)
+        self._queue.put(job)
         self._wake.set()
 
     async def run(self) -> None:
@@ -90,134 +110,146 @@ class Batcher:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
-            for work in (work for batch in self._retries for work in batch):
-                work.fail(NotReady(reason))
-            for placement in self._queue.drain():
-                placement.work_failed(NotReady(reason))
+            for piece in (piece for batch in self._retries for piece in batch):
+                self._end(piece, NotReady(reason))
             self._retries.clear()
+            for job in self._queue.drain():
+                job.fail(NotReady(reason))
 
-    def _send(self, batch: list[Work]) -> None:
-        for work in batch:
-            work.start()
+    def _end(self, piece: Piece, error: Exception | None = None, forward_s: float = 0.0) -> None:
+        """The one door through which a piece that was in a batch leaves: no rank touches it any more."""
+        piece.job.ended(piece, error, forward_s)
+
+    def _send(self, batch: list[Piece]) -> None:
+        for piece in batch:
+            piece.job.began(piece)
         task = asyncio.create_task(self._forward(batch))
-        self._running[task] = not all(work.placement.urgent for work in batch)
-        task.add_done_callback(self._ended)
+        self._running[task] = not all(piece.job.reserved for piece in batch)
+        task.add_done_callback(self._on_end)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _on_end(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
         self._wake.set()
 
     @property
-    def _at_once(self) -> int:
+    def _side_by_side(self) -> int:
         return self._engine.info.at_once if self._engine.info else 1
 
     def _has_room(self) -> bool:
-        # What is sent again runs alone, so that whoever brings the ranks down again is known.
+        # What is sent again runs alone, so that whatever brings the ranks down again is known.
         if self._retries or self._alone:
             return not self._running
-        return len(self._running) < self._at_once + WAITING
+        return len(self._running) < self._side_by_side + WAITING
 
-    def _next_batch(self) -> list[Work]:
+    def _next_batch(self) -> list[Piece]:
         self._alone = False
         while self._retries:
-            batch = self._retries.popleft()
-            for work in batch:
-                self._wanted(work.placement)
-            for work in (work for work in batch if work.placement.abandoned):
-                work.fail(NotReady("its request has ended"))
-            if batch := [work for work in batch if not work.placement.abandoned]:
+            if batch := self._live_pieces(self._retries.popleft()):
                 self._alone = True
                 return batch
-        batch = self._queue.take({modality: self.budget(modality) for modality in self._budgets}, self._wanted)
+        budgets = {modality: self.budget(modality) for modality in self._budgets}
+        batch = self._queue.take(budgets, self._is_live)
         if self._needs_all_cores(batch):
             if self._running:
-                self._again(batch)
+                self._requeue(batch)
                 return []
             self._alone = True
         return batch
 
-    def _needs_all_cores(self, batch: list[Work]) -> bool:
-        """Whether it would take too long beside others, which leave each forward one core of many."""
+    def _live_pieces(self, batch: list[Piece]) -> list[Piece]:
+        """What is still wanted of a batch to be sent again; the ranks that may have touched the rest are gone."""
+        live = [piece for piece in batch if self._is_live(piece.job)]
+        for piece in batch:
+            if piece not in live:
+                self._end(piece, NotReady("its request has ended"))
+        return live
+
+    def _needs_all_cores(self, batch: list[Piece]) -> bool:
+        """Whether the batch would take too long beside others, which leave each forward one core of many."""
         info = self._engine.info
         return bool(info and info.batch_cost and sum(map(self._cost, batch)) > LARGE * info.batch_cost)
 
-    def _cost(self, work: Work) -> int:
-        """What it takes of a budget."""
-        return self._costs[work.placement.modality].of(work.cost, work.pairs)
+    def _cost(self, piece: Piece) -> int:
+        """What the piece takes of a budget."""
+        return self._costs[piece.job.modality].of(piece.cost, piece.pairs)
 
-    def _wanted(self, placement: Placement) -> bool:
-        """Whether to forward it still; one whose caller has gone or whose time is up ends here."""
-        if placement.abandoned:
+    def _is_live(self, job: Job) -> bool:
+        """Whether the job is to be forwarded; a job whose time is up ends here, one whose caller has gone already
+        has."""
+        if job.abandoned:
             self._metrics.dropped.labels("gone").inc()
             return False
-        if time.monotonic() >= placement.deadline:
+        if time.monotonic() >= job.deadline:
             self._metrics.dropped.labels("late").inc()
-            placement.work_failed(DeadlineExceeded("its time was up while it waited for the encoder"))
+            job.fail(DeadlineExceeded("its time was up while it waited for the encoder"))
             return False
         return True
 
-    async def _forward(self, batch: list[Work]) -> None:
-        modality = batch[0].placement.modality
-        self._metrics.batch_tokens.labels(modality).observe(sum(work.cost for work in batch))
+    async def _forward(self, batch: list[Piece]) -> None:
+        modality = batch[0].job.modality
+        patches, pairs = sum(piece.cost for piece in batch), sum(piece.pairs for piece in batch)
+        self._metrics.batch_tokens[modality].observe(patches)
+        expected_s = self._costs[modality].seconds(patches, pairs)
         try:
-            dones = await self._engine.forward(modality, tuple(work.item for work in batch))
+            dones = await self._engine.forward(modality, tuple(piece.item for piece in batch), expected_s)
         except GroupLost as lost:
             self._replay(batch, lost)
         except asyncio.CancelledError:
-            for work in batch:
-                work.fail(NotReady("the server is stopping"))
+            for piece in batch:
+                self._end(piece, NotReady("the server is stopping"))
             raise
         else:
             self._settle(batch, dones)
 
-    def _settle(self, batch: list[Work], dones: list[Done]) -> None:
+    def _settle(self, batch: list[Piece], dones: list[Done]) -> None:
+        modality = batch[0].job.modality
         failed = next((done for done in dones if done.error), None)
         if failed is None:
-            patches, pairs = sum(work.cost for work in batch), sum(work.pairs for work in batch)
-            self._costs[batch[0].placement.modality].observe(patches, pairs, dones[0].forward_s)
-            for work in batch:
-                work.complete(dones[0].forward_s)
+            patches, pairs = sum(piece.cost for piece in batch), sum(piece.pairs for piece in batch)
+            self._costs[modality].observe(patches, pairs, dones[0].forward_s)
+            for piece in batch:
+                self._end(piece, forward_s=dones[0].forward_s)
             return
-        log.warning("a batch of %d %s failed: %s", len(batch), batch[0].placement.modality, failed.error)
+        log.warning("a batch of %d %s failed: %s", len(batch), modality, failed.error)
         if failed.out_of_memory:
-            if self._at_once > 1 and not self._alone:
-                self._again(batch)  # a neighbour may have had the memory
+            if self._side_by_side > 1 and not self._alone:
+                self._requeue(batch)  # a neighbour may have had the memory
                 return
             self._lower_budget(batch)
         if len(batch) > 1:
             self._halve(batch)
         else:
-            batch[0].fail(EncodeFailed("the encoder failed on this item"))
+            self._end(batch[0], EncodeFailed("the encoder failed on this item"))
 
-    def _replay(self, batch: list[Work], lost: GroupLost) -> None:
+    def _replay(self, batch: list[Piece], lost: GroupLost) -> None:
         self._metrics.replayed.inc(len(batch))
         if lost.suspect:
-            for work in batch:
-                work.failures += 1
+            for piece in batch:
+                piece.failures += 1
         if lost.out_of_memory:
             self._lower_budget(batch)
-        elif not lost.suspect or max(work.failures for work in batch) < MAX_FAILURES:
-            self._again(batch)
+        elif not lost.suspect or max(piece.failures for piece in batch) < MAX_FAILURES:
+            self._requeue(batch)
             return
         if len(batch) > 1:
             self._halve(batch)
         else:
             # Its slots go back when it is taken from the retries: by then the ranks that may write there are gone.
             why = "the encoder failed on this item" if lost.out_of_memory else "the ranks died on this item, repeatedly"
-            batch[0].placement.work_failed(EncodeFailed(why))
-            self._again(batch)
+            batch[0].job.fail(EncodeFailed(why))
+            self._requeue(batch)
 
-    def _halve(self, batch: list[Work]) -> None:
+    def _halve(self, batch: list[Piece]) -> None:
         middle = len(batch) // 2
-        self._again(batch[middle:])
-        self._again(batch[:middle])
+        self._requeue(batch[middle:])
+        self._requeue(batch[:middle])
 
-    def _again(self, batch: list[Work]) -> None:
-        # Sent when the engine is ready again, so after the lost ranks have been reaped: see Supervisor.run.
+    def _requeue(self, batch: list[Piece]) -> None:
+        # Sent when the engine is ready again, so after the lost ranks are gone: see Supervisor.run.
         self._retries.appendleft(batch)
         self._wake.set()
 
-    def _lower_budget(self, batch: list[Work]) -> None:
-        modality = batch[0].placement.modality
+    def _lower_budget(self, batch: list[Piece]) -> None:
+        modality = batch[0].job.modality
         self._budgets[modality] = max(1, min(self._budgets[modality], sum(map(self._cost, batch)) // 2))
         log.warning("out of memory: %s batches are now at most %d tokens", modality, self._budgets[modality])

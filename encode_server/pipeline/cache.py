@@ -48,17 +48,17 @@ class EmbeddingCache:
         while True:
             if (entry := self._entries.get(key)) is not None:
                 self._entries.move_to_end(key)
-                self._metrics.cache.labels("hit").inc()
+                self._metrics.cache["hit"].inc()
                 return entry, True
             if (flight := self._flights.get(key)) is None:
-                self._metrics.cache.labels("miss").inc()
+                self._metrics.cache["miss"].inc()
                 return await self._lead(key, compute), False
             await asyncio.wait((flight,))
             if flight.cancelled():
                 continue
             error = flight.exception()
             if error is None:
-                self._metrics.cache.labels("shared").inc()
+                self._metrics.cache["shared"].inc()
                 return flight.result(), True
             if isinstance(error, EncodeFailed) or (
                 isinstance(error, EncodeError) and error.status < 500 and error.status != 429

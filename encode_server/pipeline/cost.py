@@ -6,10 +6,10 @@ from collections import deque
 
 import numpy as np
 
-KEPT = 128  # batches that are remembered
-EVERY = 8  # batches between two fits
-TELLING = 0.05  # smallest singular value, against the largest, from which batches differ enough to tell parts apart
-HIGHEST = 1 / 256  # patches per pair: a picture of 256 patches counts for at most twice as many
+REMEMBERED_BATCHES = 128
+BATCHES_PER_FIT = 8
+LEAST_SINGULAR = 0.05  # smallest singular value, against the largest, from which batches tell the parts of a cost apart
+MOST_PATCHES_PER_PAIR = 1 / 256  # an image of 256 patches counts for at most twice as many
 
 
 class ForwardCost:
@@ -18,17 +18,25 @@ class ForwardCost:
     Linear layers cost by the patch, attention by the pair of patches that attend to each other, and their ratio depends
     on the tower and the device. So seconds = fixed + a × patches + b × pairs is fitted to the last batches by least
     squares, every batch's error relative to its own time, and the cost is patches + b / a × pairs. Until batches of
-    unlike pictures have told the parts apart, patches alone count.
+    unlike images have told the parts apart, patches alone count.
     """
 
     def __init__(self) -> None:
         self.patches_per_pair = 0.0
-        self._seen: deque[tuple[int, int, float]] = deque(maxlen=KEPT)
+        self._seconds: tuple[float, float, float] | None = None  # fixed, for a patch, for a pair
+        self._seen: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED_BATCHES)
         self._new = 0
 
     def of(self, patches: int, pairs: int) -> int:
         """The cost of a piece of work, in patches."""
         return patches + round(self.patches_per_pair * pairs)
+
+    def seconds(self, patches: int, pairs: int) -> float | None:
+        """How long a forward of so many patches and pairs should take; None before enough batches have been seen."""
+        if self._seconds is None:
+            return None
+        fixed, per_patch, per_pair = self._seconds
+        return max(0.0, fixed + per_patch * patches + per_pair * pairs)
 
     def observe(self, patches: int, pairs: int, seconds: float) -> None:
         """A batch of so many patches and pairs took so long."""
@@ -36,7 +44,7 @@ class ForwardCost:
             return
         self._seen.append((patches, pairs, seconds))
         self._new += 1
-        if self._new >= EVERY:
+        if self._new >= BATCHES_PER_FIT:
             self._new = 0
             self._fit()
 
@@ -44,11 +52,13 @@ class ForwardCost:
         patches, pairs, seconds = np.array(self._seen, dtype=np.float64).T
         columns = np.stack([np.ones_like(seconds), patches, pairs], axis=1) / seconds[:, None]
         scale = np.linalg.norm(columns, axis=0)
-        if not scale.all():
-            return  # a modality without full attention
-        solution, _, _, singular = np.linalg.lstsq(columns / scale, np.ones_like(seconds), rcond=None)
-        if singular[-1] < TELLING * singular[0]:
+        told = scale > 0  # no pairs are seen of a modality without full attention
+        solution = np.zeros(3)
+        # Parts that the batches cannot tell apart share their cost: the solution of least norm.
+        fitted, _, _, singular = np.linalg.lstsq(columns[:, told] / scale[told], np.ones_like(seconds), rcond=None)
+        solution[told] = fitted / scale[told]
+        fixed, per_patch, per_pair = (float(value) for value in solution)
+        self._seconds = (fixed, per_patch, per_pair)
+        if not told.all() or singular[-1] < LEAST_SINGULAR * singular[0] or per_patch <= 0:
             return
-        _, per_patch, per_pair = solution / scale
-        if per_patch > 0:
-            self.patches_per_pair = float(np.clip(per_pair / per_patch, 0.0, HIGHEST))
+        self.patches_per_pair = float(np.clip(per_pair / per_patch, 0.0, MOST_PATCHES_PER_PAIR))

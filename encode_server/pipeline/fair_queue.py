@@ -5,72 +5,72 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 
-from encode_server.pipeline.work import Placement, Work
+from encode_server.pipeline.jobs import Job, Piece
 from encode_server.wire.modality import Modality
 
-_Entry = tuple[Placement, deque[Work]]
+_Entry = tuple[Job, deque[Piece]]
 _Lane = tuple[str, Modality]
 
 
 class FairQueue:
-    """Work in lanes, one per client and modality, served in turn.
+    """Jobs in lanes, one per client and modality, served in turn.
 
     So neither a client with a thousand items nor one with a ten-minute video holds back another's picture.
     """
 
-    def __init__(self, cost: Callable[[Work], int] = lambda work: work.cost) -> None:
+    def __init__(self, cost: Callable[[Piece], int] = lambda piece: piece.cost) -> None:
         """`cost`: what a piece takes of a batch's budget."""
         self._cost = cost
         self._lanes: OrderedDict[_Lane, deque[_Entry]] = OrderedDict()  # in the order of their turns; none is empty
 
     def __len__(self) -> int:
-        return sum(len(works) for lane in self._lanes.values() for _, works in lane)
+        return sum(len(pieces) for lane in self._lanes.values() for _, pieces in lane)
 
-    def put(self, placement: Placement) -> None:
-        """Queue all work of an item at the end of its lane; an urgent lane has the next turn."""
-        key = (placement.client, placement.modality)
-        self._lanes.setdefault(key, deque()).append((placement, deque(placement.works)))
-        if placement.urgent:
+    def put(self, job: Job) -> None:
+        """Queue all pieces of an item at the end of its lane; a health probe's lane has the next turn."""
+        key = (job.client, job.modality)
+        self._lanes.setdefault(key, deque()).append((job, deque(job.pieces)))
+        if job.reserved:
             self._lanes.move_to_end(key, last=False)
 
-    def take(self, budgets: Mapping[Modality, int], wanted: Callable[[Placement], bool]) -> list[Work]:
-        """A batch: work of the modality whose turn it is, up to its budget, and at least one piece if there is any.
+    def take(self, budgets: Mapping[Modality, int], is_live: Callable[[Job], bool]) -> list[Piece]:
+        """A batch: pieces of the modality whose turn it is, up to its budget, and at least one piece if there is any.
 
-        One piece of each lane in turn. Items that are not `wanted` any more are dropped. What does not fit ends the
+        One piece of each lane in turn. Items that are not live any more are dropped. What does not fit ends the
         batch and is first in the next one, so that nothing smaller overtakes it for ever.
         """
-        batch: list[Work] = []
+        batch: list[Piece] = []
         total = 0
         while True:
             served = False
             for key in list(self._lanes):
-                if batch and key[1] is not batch[0].placement.modality:
+                if batch and key[1] is not batch[0].job.modality:
                     continue
-                entry = self._head(key, wanted)
+                entry = self._head(key, is_live)
                 if entry is None:
                     continue
-                placement, works = entry
-                cost = self._cost(works[0])
-                if batch and total + cost > budgets[placement.modality]:
+                job, pieces = entry
+                cost = self._cost(pieces[0])
+                if batch and total + cost > budgets[job.modality]:
                     return batch
                 total += cost
-                batch.append(works.popleft())
+                batch.append(pieces.popleft())
                 self._rotate(key)
                 served = True
             if not served:
                 return batch
 
-    def drain(self) -> list[Placement]:
+    def drain(self) -> list[Job]:
         """Everything queued, taken out."""
-        placements = [placement for lane in self._lanes.values() for placement, _ in lane]
+        jobs = [job for lane in self._lanes.values() for job, _ in lane]
         self._lanes.clear()
-        return placements
+        return jobs
 
-    def _head(self, key: _Lane, wanted: Callable[[Placement], bool]) -> _Entry | None:
-        """The first item of a lane that is still wanted, or None after removing the lane."""
+    def _head(self, key: _Lane, is_live: Callable[[Job], bool]) -> _Entry | None:
+        """The first live item of a lane, or None after removing the lane."""
         lane = self._lanes[key]
         while lane:
-            if wanted(lane[0][0]):
+            if is_live(lane[0][0]):
                 return lane[0]
             lane.popleft()
         del self._lanes[key]

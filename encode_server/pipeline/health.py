@@ -1,4 +1,4 @@
-"""The health probe: a real encode of tiny media when the engine is idle, its progress when it is busy."""
+"""The health probe: a real encode of tiny media when the engine is idle, the engine's progress when it is busy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import EncodeError
 from encode_server.pipeline.batcher import Batcher
-from encode_server.pipeline.pipeline import Pipeline
+from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest, MediaItem
+from encode_server.prepare.preparers import Preparers
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
-from encode_server.wire.ranks import Forward
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,17 @@ class HealthProbe:
     """Answers within `ANSWER_S`, whatever the engine does. Simultaneous probes share one encode."""
 
     def __init__(
-        self, pipeline: Pipeline, engine: Supervisor, batcher: Batcher, media: Mapping[Modality, bytes], stall_s: float
+        self,
+        pipeline: Pipeline,
+        engine: Supervisor,
+        preparers: Preparers,
+        batcher: Batcher,
+        media: Mapping[Modality, bytes],
+        stall_s: float,
     ) -> None:
-        self._pipeline, self._engine, self._batcher, self._media = pipeline, engine, batcher, media
-        self._stall_s = stall_s
+        self._pipeline, self._engine, self._preparers = pipeline, engine, preparers
+        self._batcher, self._media, self._stall_s = batcher, media, stall_s
+        self._route = Route(cache=None, metrics=None, express=True)
         self._outcomes: dict[Modality, _Outcome] = {}
         self._last_success: float | None = None
         self._probe: asyncio.Task[str] | None = None
@@ -60,7 +67,7 @@ class HealthProbe:
         if not self._engine.ready:
             return self._verdict(self._engine.reason)
         if self._probe is None:
-            if self._forward_age() is not None:
+            if self._engine.forward_age_s() is not None:
                 return self._by_progress()
             self._probe = asyncio.create_task(self._encode_all())
             self._probe.add_done_callback(self._forget)
@@ -71,6 +78,8 @@ class HealthProbe:
             return self._verdict("the server is stopping" if probe.cancelled() else probe.result())
         if self._batcher.traffic_in_flight:
             return self._by_progress()
+        if (preparing := self._preparers.oldest_s()) is not None:
+            return self._verdict("", busy=f"preparing for {preparing:.1f} s")
         if self._last_success is not None and time.time() - self._last_success < ANSWER_S + RECENT_S:
             return self._verdict("")
         return self._verdict(f"a probe's encode on an idle engine did not end within {ANSWER_S} s")
@@ -92,11 +101,11 @@ class HealthProbe:
     async def _encode(self, modality: Modality, media: bytes) -> str:
         started = time.perf_counter()
         deadline = time.monotonic() + self._stall_s
-        request = EncodeRequest(f"health-{uuid.uuid4().hex}", modality, [MediaItem(media)], deadline, urgent=True)
+        request = EncodeRequest(f"health-{uuid.uuid4().hex}", modality, [MediaItem(media)], deadline)
         reason = ""
         try:
             async with asyncio.timeout(self._stall_s):
-                reason = _flaw(await self._pipeline.encode(request))
+                reason = _flaw(await self._pipeline.encode(request, self._route))
         except EncodeError as error:
             reason = error.message
         except TimeoutError:
@@ -109,26 +118,24 @@ class HealthProbe:
             self._last_success = time.time()
         return f"{modality}: {reason}" if reason else ""
 
-    def _forward_age(self) -> float | None:
-        oldest = self._engine.oldest()
-        return oldest[1] if oldest is not None and isinstance(oldest[0], Forward) else None
-
     def _by_progress(self) -> Verdict:
-        age = self._forward_age() or 0.0
-        if age < self._stall_s:
-            return self._verdict("", busy_s=age)
-        return self._verdict(f"a forward has been in flight for {age:.1f} s")
+        age, limit = self._engine.forward_age_s() or 0.0, self._engine.limit_s()
+        if age < limit:
+            return self._verdict("", busy="encoding")
+        return self._verdict(f"a forward has been in flight for {age:.1f} s, expected within {limit:.1f} s")
 
-    def _verdict(self, reason: str, busy_s: float | None = None) -> Verdict:
+    def _verdict(self, reason: str, busy: str = "") -> Verdict:
         document: dict[str, object] = {
             "status": "unhealthy" if reason else "healthy",
-            "reason": reason or ("encoding" if busy_s is not None else "encoded"),
+            "reason": reason or busy or "encoded",
             "engine": self._engine.state,
             "ranks": dict(enumerate(self._engine.rank_states)),
             "restarts": self._engine.restarts,
+            "preparers": dict(enumerate(self._preparers.states)),
+            "preparer_restarts": self._preparers.restarts,
             "queue": self._batcher.queued,
             "batches_in_flight": self._batcher.in_flight,
-            "oldest_forward_s": self._forward_age(),
+            "oldest_forward_s": self._engine.forward_age_s(),
             "last_success": self._last_success,
             "modalities": {
                 modality: {

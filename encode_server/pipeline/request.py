@@ -1,4 +1,4 @@
-"""What is asked of the pipeline, and what it answers with."""
+"""What is asked of the pipeline."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class MediaItem:
 
 @dataclass
 class EncodeRequest:
-    """A request in work. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line."""
+    """A request in progress. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line.
+    `ticket`: the request's place in the admission, which a health probe does not take."""
 
     req_id: str
     modality: Modality
     items: list[MediaItem]
     deadline: float
-    ticket: Ticket | None = None  # the health probe has none
-    urgent: bool = False
+    ticket: Ticket | None = None
     stages: dict[str, float] = field(default_factory=dict)
 
     def spent(self, stage: str, seconds: float) -> None:
-        """Note a stage's time; items run side by side, so the longest counts."""
+        """Note a stage's time; items run concurrently, so the longest counts."""
         self.stages[stage] = max(self.stages.get(stage, 0.0), seconds)
 
     @property

@@ -1,4 +1,4 @@
-"""The thread pools: media is prepared in one, answers in another, so that neither waits for the other."""
+"""The front's thread pools, and the one rule for what runs in them and what runs on the loop."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from enum import Enum
 from typing import ParamSpec, TypeVar
 
-SMALL_COPY = 1 << 20  # bytes, copied in some 0.1 ms
+INLINE_S = 1e-4  # what takes less time than this runs on the loop: a change of threads takes as long
+SMALL_COPY = 1 << 20  # bytes that are copied in `INLINE_S`
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Pace(Enum):
+    """Bytes a second of the front's kinds of work, measured on one core of a slow machine."""
+
+    COPY = SMALL_COPY / INLINE_S
+    HASH = 0.65e9  # SHA-256
+    BASE64 = 1.3e9
+    JSON = 0.65e9
+
+
 class Pools:
-    """`preproc`: decode, preprocess, copy in. `send`: copy out, encode answers. `urgent`: the health probe's.
+    """`work`: hash, decode base64 and JSON, read files. `send`: copy out, encode answers. `store`: write to a disk,
+    which may hang. Each is a pool of its own, so that none waits for another."""
 
-    `store`: write to a disk, which may hang.
-    """
-
-    def __init__(self, preproc_workers: int, send_workers: int) -> None:
-        self.preproc_workers = preproc_workers
-        self.preproc = ThreadPoolExecutor(preproc_workers, "preproc")
+    def __init__(self, send_workers: int) -> None:
+        self.work = ThreadPoolExecutor(4, "work")
         self.send = ThreadPoolExecutor(send_workers, "send")
         self.store = ThreadPoolExecutor(2, "store")
-        self.urgent = ThreadPoolExecutor(1, "urgent")
 
     def close(self) -> None:
         """Drop what has not started; threads end after what they run."""
-        for pool in (self.preproc, self.send, self.store, self.urgent):
+        for pool in (self.work, self.send, self.store):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -38,9 +45,12 @@ async def run(pool: Executor, function: Callable[P, T], *args: P.args, **kwargs:
     return await asyncio.get_running_loop().run_in_executor(pool, lambda: function(*args, **kwargs))
 
 
-async def copy(pool: Executor, nbytes: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what copies `nbytes`: in the pool to its end, but at once where that is quicker than to change threads."""
-    if nbytes <= SMALL_COPY:
+async def run_sized(
+    pool: Executor, pace: Pace, nbytes: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """Run what works through `nbytes` at that pace: in the pool to its end, but on the loop where that takes less time
+    than a change of threads."""
+    if nbytes <= INLINE_S * pace.value:
         return function(*args, **kwargs)
     return await run_to_end(pool, function, *args, **kwargs)
 

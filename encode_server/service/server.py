@@ -1,15 +1,19 @@
-"""One running server: the rooms wired together, started and stopped in order."""
+"""One running server: its rooms, wired together, and its life from the first process to the last."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import json
 import logging
 import os
-import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from encode_server.api.keys import ApiKeys
+import msgspec
+
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.folder import EntryFolder
@@ -17,54 +21,80 @@ from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
 from encode_server.delivery.sglang.frames import SGLangFrames
+from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec
 from encode_server.engine.profiling import Profiling
 from encode_server.engine.supervisor import Supervisor, SupervisorOptions
-from encode_server.errors import StartupError
+from encode_server.errors import NotReady, StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
-from encode_server.models.checkpoint import Checkpoint, resolve
-from encode_server.models.registry import Summary, check_tp, summarize
+from encode_server.models.inspect import refuse_early
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import EmbeddingCache
 from encode_server.pipeline.health import HealthProbe, Verdict
-from encode_server.pipeline.pipeline import Pipeline
-from encode_server.runtime.pools import Pools, run
+from encode_server.pipeline.pipeline import Pipeline, Route
+from encode_server.pipeline.request import EncodeRequest
+from encode_server.prepare.preparers import Preparers, PreparerSpec
+from encode_server.runtime.changes import Changes
+from encode_server.runtime.forkserver import Forkserver, ForkserverLost
+from encode_server.runtime.pools import Pools
 from encode_server.runtime.rundir import sweep_stale
+from encode_server.service.destinations import Destinations
+from encode_server.service.keys import ApiKeys
 from encode_server.settings import Settings
 from encode_server.telemetry.metrics import Metrics
+from encode_server.wire.checkpoint import Inspection
+from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
+from encode_server.wire.preparers import Pickled, PreparerSetup
 
 log = logging.getLogger(__name__)
 
 LAG_INTERVAL_S = 0.1
+SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
+FORKSERVER_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What exists once the checkpoint is known: everything between a request and its embedding."""
+
+    model_name: str
+    engine: Supervisor
+    preparers: Preparers
+    batcher: Batcher
+    pipeline: Pipeline
+    cache: EmbeddingCache
+    health: HealthProbe
+    route: Route
 
 
 class Server:
-    """What lives while the server does. Build it outside the loop, `start` and `stop` it on the loop.
+    """What lives while the server does. The constructor checks the settings, `running` opens and closes everything.
 
-    Raises StartupError when the settings cannot work: unknown model, tp that does not divide the heads, …
+    Raises StartupError when the settings cannot work.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._checkpoint: Checkpoint = resolve(settings.model, settings.revision)
-        summary: Summary = summarize(self._checkpoint)
-        check_tp(summary, settings.tp)
-        self.model_name = self._checkpoint.name
-        self._limits = media_limits(settings)
         self.metrics = Metrics()
-        self.pools = Pools(settings.preproc_workers, settings.send_workers)
-        self._source = _media_source(settings, self._limits, self.pools)
-        self.destinations = DestinationPolicy(settings.destination_allow)
-        self.store = _embedding_store(settings, self.pools)
+        self.port = settings.port  # whoever binds the socket corrects it
+        self.patient = settings.engine == "sglang"
+        self.admission = Admission(_admission_limits(settings), self.metrics)
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20)
+        self.keys = ApiKeys(settings.api_keys)
+        self.fatal: str | None = None
+        self.destinations: Destinations
+        self.sglang: SGLangDeliveries | None = None
+        self._limits = media_limits(settings)
+        self.destination_policy = DestinationPolicy(settings.destination_allow)
+        self._folder = _entry_folder(settings)
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -72,85 +102,97 @@ class Server:
             advertised_host(settings.advertise_host, settings.host),
             lambda: self.not_ready() is None,
         )
-        self.port = settings.port  # whoever binds the socket corrects it
-        limits = AdmissionLimits(
-            settings.max_requests, settings.max_inflight_mb << 20, settings.max_inflight_tokens, settings.client_share
-        )
-        self.admission = Admission(limits, self.metrics)
-        self.keys = ApiKeys(settings.api_keys)
-        self._spec = GroupSpec(
-            path=str(self._checkpoint.path),
-            world=settings.tp,
-            device=settings.device,
-            dtype=settings.dtype,
-            checkpoint_dtype=summary.dtype,
-            threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
-        )
-        self.fatal: str | None = None
-        self.pipeline: Pipeline
-        self.pusher: Pusher
-        self.sglang: SGLangDeliveries
-        self._health: HealthProbe | None = None
+        check_media_options(settings)
+        refuse_early(settings.model, settings.tp)
+        self._encoding: Encoding | None = None
+        self._forkserver: Forkserver | None = None
+        self._changes = Changes()
         self._warm = False
         self._draining = False
-        self._tasks: list[asyncio.Task[None]] = []
 
-    async def start(self, on_fatal: Callable[[str], None]) -> None:
-        """Start the ranks and load the processors, in the background: `/health` says 503 meanwhile.
+    @contextlib.asynccontextmanager
+    async def running(self, on_fatal: Callable[[str], None]) -> AsyncIterator[None]:
+        """Everything that lives. The encoder loads in the background: `/health` says 503 meanwhile.
 
-        Call it on the loop of the main thread. `on_fatal` is called once when the server cannot go on.
+        Enter it on the loop of the main thread. `on_fatal` is called once when the server cannot go on. Requests that
+        are still in progress when the context is left end with 503.
         """
         for path in sweep_stale():
             log.info("removed %s, left behind by a server that was killed", path)
-        self._on_fatal = on_fatal
         settings = self.settings
-        self._arena = Arena(settings.arena_mb << 20)
-        self.pusher = Pusher(settings.send_timeout_s)
-        frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
-        self.sglang = SGLangDeliveries(self.pusher, frames, self.pools.send, settings.send_timeout_s)
-        self._announcer.start(settings.advertise_port or self.port)
-        options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
-        self._engine = Supervisor(self._spec, self._arena, options, self._fail)
-        budgets = {
-            Modality.IMAGE: settings.image_batch_tokens,
-            Modality.VIDEO: settings.video_batch_tokens,
-            Modality.AUDIO: settings.audio_batch_tokens,
-        }
-        self._batcher = Batcher(self._engine, budgets, self.metrics)
-        self._cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), self.metrics)
-        store = [self.store.run()] if self.store is not None else []
-        for work in (*store, self._engine.run(), self._batcher.run(), self._load_processors(), self._watch_lag()):
-            task = asyncio.create_task(work)
-            task.add_done_callback(self._ended)
-            self._tasks.append(task)
+        async with contextlib.AsyncExitStack() as stack:
+            pools = Pools(settings.send_workers)
+            stack.callback(pools.close)
+            self._arena = Arena(settings.arena_mb << 20)
+            stack.callback(self._arena.close)
+            source = MediaSource(settings.media_allow, settings.media_roots, self._limits, pools.work)
+            stack.push_async_callback(source.aclose)
+            pusher = Pusher(settings.send_timeout_s)
+            stack.callback(pusher.close)
+            store = None
+            if self._folder is not None:
+                store = EmbeddingStore(self._folder, settings.ec_store_age_s, pools.store)
+            if settings.engine == "sglang":
+                frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
+                self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
+                stack.callback(self.sglang.close)
+            self.destinations = Destinations(self.destination_policy, pusher, pools.send, self.sglang, store)
+            self.pools = pools
+            stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
+            self._announcer.start(settings.advertise_port or self.port)
+            stack.push_async_callback(self._announcer.aclose)
+            life = asyncio.create_task(self._live(source, store, on_fatal))
+            stack.push_async_callback(_end, life)
+            yield
 
-    async def stop(self) -> None:
-        """Release everything. Requests still in work end with 503."""
-        gc.unfreeze()  # or modules that count their objects at the end call them leaked
-        await self._announcer.aclose()
-        if self._health is not None:
-            await self._health.close()
-        for task in reversed(self._tasks):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        self.pools.close()
-        self.sglang.close()
-        self.pusher.close()
-        await self._source.aclose()
-        self._arena.close()
+    def registrations(self) -> Registrations:
+        """Which prefill ranks wait for which part (SGLang)."""
+        assert self.sglang is not None
+        return self.sglang.registrations
 
     async def drain(self) -> None:
         """Withdraw what brings requests here, then take no new ones; those accepted go on."""
         await self._announcer.withdraw()
         self._draining = True
+        self._changes.announce()
+
+    @property
+    def model_name(self) -> str:
+        """The checkpoint, as the operator gave it."""
+        return self.settings.model
+
+    def timeout_s(self, asked: float | None) -> float:
+        """A request's deadline in seconds, from what its caller asks for."""
+        default = self.settings.timeout_s
+        if self.patient and "timeout_s" not in self.settings.model_fields_set:
+            default = SGLANG_TIMEOUT_S
+        return min(asked or default, self.settings.max_timeout_s)
+
+    async def encode(self, request: EncodeRequest) -> Encoded:
+        """The embedding of an admitted request, see `Pipeline.encode`."""
+        if self._encoding is None:
+            raise NotReady(self.not_ready() or "loading")
+        return await self._encoding.pipeline.encode(request, self._encoding.route)
+
+    async def until_open(self, wait_s: float) -> None:
+        """Return once requests are taken. Raises NotReady when that takes longer than `wait_s` seconds, or never
+        comes."""
+        try:
+            async with asyncio.timeout(wait_s):
+                while (reason := self.not_ready()) is not None and not self._draining:
+                    if self.fatal is not None:
+                        raise NotReady(self.fatal)
+                    await self._changes.wait()
+        except TimeoutError:
+            raise NotReady(f"{reason}, and was for {wait_s:g} s") from None
 
     async def start_profile(self, forwards: int | None) -> None:
         """See `Profiling.start`."""
-        await self._profiling.start(self._engine, forwards)
+        await self._profiling.start(self._known().engine, forwards)
 
     async def stop_profile(self) -> list[str]:
         """See `Profiling.stop`."""
-        return await self._profiling.stop(self._engine)
+        return await self._profiling.stop(self._known().engine)
 
     def not_ready(self) -> str | None:
         """Why requests are not taken, or None when they are."""
@@ -158,95 +200,169 @@ class Server:
             return "the server is stopping"
         if self.fatal is not None:
             return self.fatal
-        if not self._engine.ready:
-            return f"the encoder is {self._engine.state}"
+        if self._encoding is None:
+            return "the checkpoint is being looked up"
+        if not self._encoding.engine.ready:
+            return f"the encoder is {self._encoding.engine.state}"
         if not self._warm:
-            return "the encoder is warming up" if self._health else "the processors are loading"
+            return "the encoder is warming up"
         return None
 
     async def health(self) -> Verdict:
         """Encode something, or judge what is being encoded; see `HealthProbe`."""
-        if self._health is None or self.fatal is not None:
+        if self._encoding is None or self.fatal is not None:
             reason = self.fatal or "loading"
-            ranks = dict(enumerate(self._engine.rank_states))
-            return Verdict(
-                False, {"status": "unhealthy", "reason": reason, "engine": self._engine.state, "ranks": ranks}
-            )
-        return await self._health.check()
+            engine = "failed" if self.fatal else "loading"
+            return Verdict(False, {"status": "unhealthy", "reason": reason, "engine": engine, "ranks": {}})
+        return await self._encoding.health.check()
 
     def render_metrics(self) -> bytes:
         """Prometheus text, its gauges brought up to date."""
         metrics = self.metrics
-        metrics.queued.set(self._batcher.queued)
-        metrics.in_flight.set(self._batcher.in_flight)
+        metrics.in_progress.set(self.admission.held.requests)
+        metrics.at_door.set(self.admission.waiting)
         metrics.undelivered.set(self.undelivered.bytes)
-        metrics.registrations.set(len(self.sglang.registrations))
+        metrics.registrations.set(len(self.sglang.registrations) if self.sglang else 0)
         metrics.arena_used.set(self._arena.used)
         metrics.arena_size.set(self._arena.size)
-        metrics.cache_bytes.set(self._cache.bytes)
-        metrics.restarts.set(self._engine.restarts)
-        states = self._engine.rank_states or ["dead"] * self.settings.tp
+        states = ["dead"] * self.settings.tp
+        if (encoding := self._encoding) is not None:
+            metrics.queued.set(encoding.batcher.queued)
+            metrics.in_flight.set(encoding.batcher.in_flight)
+            metrics.cache_bytes.set(encoding.cache.bytes)
+            metrics.restarts.set(encoding.engine.restarts)
+            metrics.preparer_restarts.set(encoding.preparers.restarts)
+            metrics.preparing_queued.set(encoding.preparers.queued)
+            for index, state in enumerate(encoding.preparers.states):
+                metrics.preparer_up.labels(str(index)).set(state != "starting")
+            states = encoding.engine.rank_states or states
         for rank, state in enumerate(states):
             metrics.rank_up.labels(str(rank)).set(state == "ready")
         return metrics.render()
 
-    async def _load_processors(self) -> None:
-        started = time.monotonic()
-        try:
-            preprocessor, media = await run(self.pools.preproc, self._build_preprocessor)
-        except StartupError as error:
-            self._fail(str(error))
-            return
-        except Exception as error:
-            log.exception("loading the processors failed")
-            self._fail(f"the checkpoint's processors cannot be loaded: {error}")
-            return
-        log.info("processors ready after %.1f s", time.monotonic() - started)
-        self.pipeline = Pipeline(
-            model=self.model_name,
-            preprocessor=preprocessor,
-            source=self._source,
-            pools=self.pools,
-            arena=self._arena,
-            engine=self._engine,
-            batcher=self._batcher,
-            cache=self._cache,
-            max_item_tokens=self.settings.max_item_tokens,
-            metrics=self.metrics,
-        )
-        self._health = HealthProbe(self.pipeline, self._engine, self._batcher, media, self.settings.stall_s)
-        await self._warm_up(self._health)
+    def _known(self) -> Encoding:
+        if self._encoding is None:
+            raise NotReady("the checkpoint is being looked up")
+        return self._encoding
 
-    async def _warm_up(self, health: HealthProbe) -> None:
+    async def _pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> Pickled:
+        return await self._known().preparers.pickle(dtype, grid, seconds)
+
+    async def _live(self, source: MediaSource, store: EmbeddingStore | None, on_fatal: Callable[[str], None]) -> None:
+        """Run the processes until cancelled. Nothing goes on without one of the background tasks: `on_fatal`."""
+        settings = self.settings
+        argument = json.dumps({"model": settings.model, "revision": settings.revision}).encode()
+        forkserver = self._forkserver = Forkserver("encode_server.models.preload:preload", argument)
+        try:
+            forkserver.start()
+            async with asyncio.TaskGroup() as outer:
+                keeper = outer.create_task(forkserver.run())
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(self._watch_lag())
+                        if store is not None:
+                            group.create_task(store.run())
+                        encoding = self._build(await self._inspect(forkserver), forkserver, source)
+                        group.create_task(encoding.engine.run())
+                        group.create_task(encoding.preparers.run())
+                        group.create_task(encoding.batcher.run())
+                        self._encoding = encoding
+                        self._changes.announce()
+                        await self._warm_up(encoding)
+                finally:
+                    # After the ranks and preparers, which end when the forkserver does.
+                    keeper.cancel()
+        except Exception as failure:
+            self._fail(failure, on_fatal)
+
+    async def _inspect(self, forkserver: Forkserver) -> Inspection:
+        settings = self.settings
+        arguments = [settings.model, settings.revision, settings.tp]
+        for attempt in range(FORKSERVER_TRIES):
+            try:
+                found = await forkserver.call("encode_server.models.inspect:inspect", arguments, Inspection)
+                assert isinstance(found, Inspection)
+                return found
+            except ForkserverLost:
+                log.warning("the forkserver was lost while the checkpoint was looked up (%d)", attempt + 1)
+        raise StartupError("the process that forks ranks and preparers does not live long enough to fork")
+
+    def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
+        settings, metrics = self.settings, self.metrics
+        spec = GroupSpec(
+            path=found.path,
+            world=settings.tp,
+            device=settings.device,
+            dtype=settings.dtype,
+            checkpoint_dtype=found.dtype,
+            threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
+        )
+        options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
+        engine = Supervisor(spec, forkserver, self._arena, options)
+        preparers = Preparers(self._preparer_spec(found), forkserver, self._arena.fd, metrics)
+        budgets = {
+            Modality.IMAGE: settings.image_batch_tokens,
+            Modality.VIDEO: settings.video_batch_tokens,
+            Modality.AUDIO: settings.audio_batch_tokens,
+        }
+        batcher = Batcher(engine, budgets, metrics)
+        cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), metrics)
+        pipeline = Pipeline(
+            model=found.name,
+            modalities=frozenset(found.modalities),
+            source=source,
+            pools=self.pools,
+            preparers=preparers,
+            arena=self._arena,
+            engine=engine,
+            batcher=batcher,
+            max_item_tokens=settings.max_item_tokens,
+        )
+        health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
+        return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, Route(cache, metrics))
+
+    def _preparer_spec(self, found: Inspection) -> PreparerSpec:
+        settings = self.settings
+        processes = settings.preproc_processes or preparer_processes(settings.preproc_workers)
+        setup = PreparerSetup(
+            socket="",
+            path=found.path,
+            name=found.name,
+            limits=msgspec.Raw(msgspec.msgpack.encode(self._limits)),
+            max_item_tokens=settings.max_item_tokens,
+            threads=-(-settings.preproc_workers // processes),
+            memory_bytes=settings.preproc_memory_mb << 20,
+            arena_bytes=self._arena.size,
+        )
+        return PreparerSpec(processes, setup.threads, settings.decode_s, setup)
+
+    async def _warm_up(self, encoding: Encoding) -> None:
         """Take requests once every modality has been encoded: that also creates communicators and compiles kernels."""
-        await self._engine.wait_ready()
-        while not (verdict := await health.check()).healthy:
+        await encoding.engine.wait_ready()
+        await encoding.preparers.wait_ready()
+        while not (verdict := await encoding.health.check()).healthy:
             log.warning("not ready yet: %s", verdict.document["reason"])
-            await asyncio.sleep(0.5)
-        # What is loaded stays: a full collection that walks through it holds up the loop for 200 ms.
+            await asyncio.sleep(0.1)
+        # What is loaded stays: a full collection that walks through it holds up the loop.
         gc.freeze()
         self._warm = True
+        self._changes.announce()
         log.info("ready for requests")
+        while True:  # who waits at the door waits for the ranks, too
+            await encoding.engine.changed()
+            self._changes.announce()
 
-    def _build_preprocessor(self):  # type: ignore[no-untyped-def]
-        import torch
-
-        from encode_server.models.preprocess import Preprocessor
-
-        torch.set_num_threads(1)  # parallel over items, and the cores belong to the ranks
-        preprocessor = Preprocessor(self._checkpoint, self._limits, self.settings.max_item_tokens)
-        return preprocessor, {modality: preprocessor.probe(modality) for modality in sorted(preprocessor.modalities)}
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """Nothing goes on without one of the background tasks; it must not die unnoticed."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a background task failed", exc_info=error)
-            self._fail(f"a background task failed: {type(error).__name__}: {error}")
-
-    def _fail(self, reason: str) -> None:
-        if self.fatal is None:
-            self.fatal = reason
-            self._on_fatal(reason)
+    def _fail(self, failure: Exception, on_fatal: Callable[[str], None]) -> None:
+        error: BaseException = failure
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, StartupError):
+            self.fatal = str(error)
+        else:
+            log.error("a background task failed", exc_info=failure)
+            self.fatal = f"a background task failed: {type(error).__name__}: {error}"
+        self._changes.announce()
+        on_fatal(self.fatal)
 
     async def _watch_lag(self) -> None:
         loop = asyncio.get_running_loop()
@@ -256,23 +372,39 @@ class Server:
             self.metrics.loop_lag.observe(max(0.0, loop.time() - due))
 
 
-def _media_source(settings: Settings, limits: MediaLimits, pools: Pools) -> MediaSource:
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def preparer_processes(workers: int) -> int:
+    """How many preparers `--preproc-processes` 0 stands for: one for every two cores, and no more than threads."""
+    return max(1, min(workers, len(os.sched_getaffinity(0)) // 2))
+
+
+def check_media_options(settings: Settings) -> None:
+    """Raises StartupError for entries of `--media-allow` and `--media-roots` that mean nothing."""
     try:
         UrlPolicy(settings.media_allow)
     except ValueError as error:
         raise StartupError(f"--media-allow: {error}") from None
-    try:
-        return MediaSource(settings.media_allow, settings.media_roots, limits, pools.preproc)
-    except ValueError as error:
-        raise StartupError(f"--media-roots: {error}") from None
+    for root in settings.media_roots:
+        if not Path(root).is_dir():
+            raise StartupError(f"--media-roots: {root} is no directory")
 
 
-def _embedding_store(settings: Settings, pools: Pools) -> EmbeddingStore | None:
+def _admission_limits(settings: Settings) -> AdmissionLimits:
+    return AdmissionLimits(
+        settings.max_requests, settings.max_inflight_mb << 20, settings.max_inflight_tokens, settings.client_share
+    )
+
+
+def _entry_folder(settings: Settings) -> EntryFolder | None:
     if settings.ec_store is None:
         return None
-    age_s = settings.ec_store_age_s
-    folder = EntryFolder(settings.ec_store, max_bytes=int(settings.ec_store_gb * (1 << 30)), max_age_s=age_s)
-    return EmbeddingStore(folder, age_s, pools.store)
+    return EntryFolder(
+        settings.ec_store, max_bytes=int(settings.ec_store_gb * (1 << 30)), max_age_s=settings.ec_store_age_s
+    )
 
 
 def media_limits(settings: Settings) -> MediaLimits:

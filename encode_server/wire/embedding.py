@@ -15,7 +15,7 @@ class EncodedItem:
     """An item's embedding: `data` holds tokens × dim values on the heap, never written to again."""
 
     info: ItemInfo
-    extra: dict[str, float | int | list[float] | list[int]]
+    extra: dict[str, float | int | list[float]]
     data: memoryview
 
 

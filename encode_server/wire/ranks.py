@@ -1,7 +1,7 @@
 """Every type that crosses between the front and the ranks: msgspec structs, msgpack on the wire.
 
 Commands go from the front to every rank over one PAIR socket per rank, in one order, and each is acknowledged by
-every rank. Tensors stay in the shared arena (`engine.arena`); messages only say where.
+every rank. Tensors stay in the shared arena; messages only say where.
 """
 
 from __future__ import annotations
@@ -43,16 +43,14 @@ class EncoderInfo(msgspec.Struct, frozen=True):
     batch_cost: int | None = None
 
 
-# Commands, front to rank.
-
-
-class Load(msgspec.Struct, frozen=True, tag="load"):
-    """First command: become rank `rank` of `world` and load the encoder of the checkpoint in directory `path`.
+class RankSetup(msgspec.Struct, frozen=True):
+    """What a rank is started with: become rank `rank` of `world` and load the encoder of the checkpoint in `path`.
 
     `device` and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `threads`: CPU threads of this
-    rank. `store_fd` is the inherited descriptor of torch.distributed's FileStore, `arena_fd` the arena's.
+    rank. The descriptors of the arena, of `arena_bytes`, and of torch.distributed's FileStore come with the fork.
     """
 
+    socket: str
     path: str
     rank: int
     world: int
@@ -60,9 +58,10 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
     dtype: str
     checkpoint_dtype: str
     threads: int
-    arena_fd: int
     arena_bytes: int
-    store_fd: int
+
+
+# Commands, front to rank.
 
 
 class Forward(msgspec.Struct, frozen=True, tag="forward"):
@@ -74,7 +73,7 @@ class Forward(msgspec.Struct, frozen=True, tag="forward"):
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """Acknowledge at once: shows that an idle rank still answers."""
+    """Acknowledge immediately: shows that an idle rank still answers."""
 
     seq: int
 
@@ -98,16 +97,10 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 Acknowledged = Forward | Ping | StartProfile | StopProfile
-Command = Load | Acknowledged | Shutdown
+Command = Acknowledged | Shutdown
 
 
 # Events, rank to front.
-
-
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """The rank process is up and waits for `Load`."""
-
-    rank: int
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -125,13 +118,12 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """Command `seq` is finished on this rank. `error` is empty on success. `copy_s`, `forward_s`: seconds."""
+    """Command `seq` is finished on this rank. `error` is empty on success. `forward_s`: seconds of its forward."""
 
     rank: int
     seq: int
     error: str = ""
     out_of_memory: bool = False
-    copy_s: float = 0.0
     forward_s: float = 0.0
 
 
@@ -142,7 +134,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-Event = Hello | Progress | Ready | Done | Failed
+Event = Progress | Ready | Done | Failed
 
 
 _encoder = msgspec.msgpack.Encoder()

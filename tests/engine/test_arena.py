@@ -98,7 +98,7 @@ def test_cancelled_in_the_moment_of_the_grant_gives_it_back(arena):
 def test_the_probe_gets_room_when_the_arena_is_full(arena):
     async def full():
         await arena.acquire([MIB])
-        slots = await asyncio.wait_for(arena.acquire([1000, 1000], urgent=True), 1)
+        slots = await asyncio.wait_for(arena.acquire([1000, 1000], reserved=True), 1)
         arena.release(*slots)
         assert arena.used == MIB
 

@@ -74,7 +74,7 @@ def test_cancelling_leaves_nothing_behind(fleet):
 
 
 def idle(url: str) -> bool:
-    return eventually(lambda: "\nencode_requests_in_work 0.0\n" in httpx.get(url + "/metrics", timeout=60).text)
+    return eventually(lambda: "\nencode_requests_in_progress 0.0\n" in httpx.get(url + "/metrics", timeout=60).text)
 
 
 def test_stored_items_answer_in_order(fleet):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from encode_server.pipeline.cost import HIGHEST, ForwardCost
+from encode_server.pipeline.cost import MOST_PATCHES_PER_PAIR, ForwardCost
 
 PATCHES = [64, 256, 1024, 4096, 9216]
 
@@ -58,4 +58,4 @@ def test_a_change_of_the_device_is_followed() -> None:
 def test_nonsense_does_not_make_pictures_dear_beyond_reason() -> None:
     cost = ForwardCost()
     device(cost, 1.0, PATCHES)
-    assert cost.patches_per_pair == HIGHEST
+    assert cost.patches_per_pair == MOST_PATCHES_PER_PAIR

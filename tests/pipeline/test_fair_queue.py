@@ -11,27 +11,27 @@ BUDGETS = dict.fromkeys(Modality, 100)
 
 @dataclass(eq=False)
 class Piece:
-    placement: "Item"
+    job: "Item"
     cost: int
 
 
 @dataclass(eq=False)
 class Item:
-    """As much of a Placement as the queue looks at."""
+    """As much of a Job as the queue looks at."""
 
     name: str
     modality: Modality = Modality.IMAGE
     client: str = "a"
-    urgent: bool = False
-    works: list[Piece] = field(default_factory=list)
+    reserved: bool = False
+    pieces: list[Piece] = field(default_factory=list)
 
     def cut(self, *costs: int) -> "Item":
-        self.works = [Piece(self, cost) for cost in costs]
+        self.pieces = [Piece(self, cost) for cost in costs]
         return self
 
 
 def names(batch):
-    return [work.placement.name for work in batch]
+    return [piece.job.name for piece in batch]
 
 
 def take(queue, wanted=lambda item: True):
@@ -79,7 +79,7 @@ def test_an_urgent_item_is_next():
     queue = FairQueue()
     for name in "abc":
         queue.put(Item(name).cut(90))
-    queue.put(Item("probe", Modality.AUDIO, urgent=True, client="").cut(3))
+    queue.put(Item("probe", Modality.AUDIO, reserved=True, client="").cut(3))
     assert names(take(queue)) == ["probe"]
 
 
@@ -98,11 +98,11 @@ def test_every_piece_comes_out_once_whatever_arrives():
         if rng.random() < 0.4:
             item = Item(str(step), rng.choice(list(Modality)), rng.choice("abc"), rng.random() < 0.02)
             queue.put(item.cut(*[rng.randint(1, 150) for _ in range(rng.randint(1, 6))]))
-            put += item.works
+            put += item.pieces
         else:
             batch = take(queue)
-            assert len({work.placement.modality for work in batch}) <= 1
-            assert sum(work.cost for work in batch) <= 100 or len(batch) == 1
+            assert len({piece.job.modality for piece in batch}) <= 1
+            assert sum(piece.cost for piece in batch) <= 100 or len(batch) == 1
             got += batch
     while batch := take(queue):
         got += batch

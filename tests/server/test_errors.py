@@ -158,7 +158,7 @@ def test_who_hangs_up_while_sending_is_counted_as_gone(server):
             connection.sendall(b"Content-Length: 100000\r\n\r\n{")
     assert eventually(lambda: gone(server) == before + 3)
     assert "ClientDisconnect" not in server.log
-    assert metric(server, "encode_requests_in_work") == 0
+    assert metric(server, "encode_requests_in_progress") == 0
 
 
 def gone(server) -> float:

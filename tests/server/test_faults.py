@@ -175,7 +175,7 @@ def test_a_client_that_goes_away_frees_what_it_held(checkpoint, tmp_path, pictur
             lines = httpx.get(server.base_url + "/metrics").text.splitlines()
             values = {line.split()[0]: float(line.split()[1]) for line in lines if line and line[0] != "#"}
             return (
-                values["encode_requests_in_work"]
+                values["encode_requests_in_progress"]
                 == values["encode_arena_used_bytes"]
                 == values["encode_queued_items"]
                 == 0

@@ -73,11 +73,14 @@ def test_started_twice_on_one_port(checkpoint):
     assert re.fullmatch(r"encode-server: cannot listen on 127.0.0.1:\d+: address already in use\n", result.stderr)
 
 
+def lines(result):
+    return result.stderr.strip().splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["/no/such/model"], "no such directory"),
-        (["someone/unknown-model"], "neither a directory nor"),
         (["{checkpoint}", "--tp", "3"], "tp 3 does not divide the 8 attention heads"),
         (["{checkpoint}", "--tp", "x"], "--tp: got 'x', takes an integer"),
         (["{checkpoint}", "--port", "99999"], "--port: got '99999', takes less than or equal to 65535"),
@@ -93,6 +96,13 @@ def test_wrong_starts_are_one_line(checkpoint, arguments, says):
     result = run(*SERVE, "--port", "0", *given)  # a port given later wins
     assert result.returncode == 1
     assert says in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_an_unknown_hub_id_ends_the_server_with_one_line(checkpoint):
+    """The hub is asked while the server listens already, so its log comes first."""
+    result = run(*SERVE, "--port", "0", "someone/unknown-model")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert re.match("encode-server: model 'someone/unknown-model' is neither a directory nor", lines(result)[-1])
 
 
 def test_fewer_gpus_than_ranks_is_one_line(checkpoint):

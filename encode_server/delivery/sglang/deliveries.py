@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 
 from encode_server.delivery.base import Part
 from encode_server.delivery.push import Pusher
-from encode_server.delivery.sglang.frames import SGLangFrames
+from encode_server.delivery.sglang.frames import SGLangFrames, torch_values
 from encode_server.delivery.sglang.registrations import Registration, Registrations
 from encode_server.errors import DeadlineExceeded, EncodeError
-from encode_server.runtime.pools import copy
+from encode_server.runtime.pools import Pace, run_sized
 from encode_server.wire.embedding import Encoded
+from encode_server.wire.preparers import Pickled
+
+TorchPickles = Callable[[str, list[list[int]] | None, list[float] | None], Awaitable[Pickled]]
+"""Has the pickle programs of torch objects made by a process that has torch; see `Preparers.pickle`."""
 
 
 class SGLangPush:
     """Delivers one part to every destination of `registration`, each as soon as it is there."""
 
     def __init__(
-        self, pusher: Pusher, frames: SGLangFrames, pool: Executor, registration: Registration, wait_s: float
+        self,
+        pusher: Pusher,
+        frames: SGLangFrames,
+        pickles: TorchPickles,
+        pool: Executor,
+        registration: Registration,
+        wait_s: float,
     ) -> None:
-        self._pusher, self._frames, self._pool = pusher, frames, pool
+        self._pusher, self._frames, self._pickles, self._pool = pusher, frames, pickles, pool
         self._registration, self._wait_s = registration, wait_s
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
         """See `Delivery`. Raises DeadlineExceeded when a destination does not come in time."""
-        header, data = await copy(
-            self._pool, encoded.nbytes, lambda: (self._frames.header(part, encoded), encoded.contiguous())
-        )
+        header = self._frames.header(part, encoded, await self._pickles(*torch_values(encoded)))
+        data = await run_sized(self._pool, Pace.COPY, encoded.nbytes, encoded.contiguous)
         pushes: list[asyncio.Task[None]] = []
         try:
             try:
@@ -59,8 +68,11 @@ class SGLangPush:
 class SGLangDeliveries:
     """Makes the deliveries of one server and takes the registrations of prefill ranks."""
 
-    def __init__(self, pusher: Pusher, frames: SGLangFrames, pool: Executor, wait_s: float) -> None:
-        self._pusher, self._frames, self._pool, self._wait_s = pusher, frames, pool, wait_s
+    def __init__(
+        self, pusher: Pusher, frames: SGLangFrames, pickles: TorchPickles, pool: Executor, wait_s: float
+    ) -> None:
+        self._pusher, self._frames, self._pickles = pusher, frames, pickles
+        self._pool, self._wait_s = pool, wait_s
         self.registrations = Registrations()
 
     def to_endpoints(self, endpoints: list[str]) -> SGLangPush:
@@ -69,13 +81,13 @@ class SGLangDeliveries:
         endpoints = list(dict.fromkeys(endpoints))
         for endpoint in endpoints:
             registration.add(endpoint, len(endpoints))
-        return SGLangPush(self._pusher, self._frames, self._pool, registration, self._wait_s)
+        return SGLangPush(self._pusher, self._frames, self._pickles, self._pool, registration, self._wait_s)
 
     @contextlib.contextmanager
     def to_registered(self, req_id: str) -> Iterator[SGLangPush]:
         """To those who register for `req_id`, before or while the context is open."""
         with self.registrations.use(req_id) as registration:
-            yield SGLangPush(self._pusher, self._frames, self._pool, registration, self._wait_s)
+            yield SGLangPush(self._pusher, self._frames, self._pickles, self._pool, registration, self._wait_s)
 
     def close(self) -> None:
         """Forget all registrations."""

@@ -1,0 +1,59 @@
+"""Who asks for an encode, as a request's life sees the caller, whatever the transport."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from encode_server.errors import EncodeError
+from encode_server.pipeline.request import MediaItem
+from encode_server.wire.embedding import Encoded
+from encode_server.wire.modality import Modality
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
+    does not say. `stored`: the embedding is to be written to the store."""
+
+    req_id: str | None
+    modality: Modality
+    items: list[MediaItem]
+    num_parts: int = 1
+    part_idx: int = 0
+    prefill_host: str | None = None
+    embedding_port: int | list[int] | None = None
+    stored: bool = False
+    timeout_s: float | None = None
+
+
+class Caller(Protocol):
+    """One request's transport. Everything that is sent to the caller is sent by these methods, once."""
+
+    client: str
+    """Who asks, for fairness: a digest of the API key, else the address."""
+
+    declared_bytes: int
+    """How large the body may be, known before it is read."""
+
+    asked_timeout_s: float | None
+    """The deadline that the transport, not the body, names."""
+
+    async def read(self) -> Ask:
+        """Read and parse the body. Raises EncodeError, CallerGone."""
+
+    def until_gone(self) -> AbstractAsyncContextManager[None]:
+        """Cancel what runs inside and raise CallerGone when the caller leaves."""
+
+    def answer_bytes(self, encoded: Encoded) -> int:
+        """An upper bound of the answer's bytes, without making the answer."""
+
+    async def answer(self, req_id: str, encoded: Encoded, limit_s: float) -> None:
+        """Send the embedding, each piece within `limit_s` seconds. Raises DeliveryFailed."""
+
+    async def confirm(self, req_id: str, encoded: Encoded, *, silent: bool) -> None:
+        """Say that the embedding was delivered; `silent`: without a word about it, as SGLang expects."""
+
+    async def refuse(self, error: EncodeError, req_id: str | None) -> None:
+        """Say why there is no embedding, unless an answer has begun."""

@@ -1,0 +1,72 @@
+"""Where a request's embedding goes, from what the request says and what this server's options allow."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from encode_server.delivery.base import Delivery
+from encode_server.delivery.destinations import DestinationPolicy
+from encode_server.delivery.native import NativePush
+from encode_server.delivery.push import Pusher
+from encode_server.delivery.sglang.deliveries import SGLangDeliveries
+from encode_server.delivery.store import EmbeddingStore
+from encode_server.errors import BadRequest, Forbidden
+from encode_server.service.caller import Ask
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A delivery, and whether the answer to the caller says nothing about it (SGLang's `null`)."""
+
+    delivery: Delivery
+    silent: bool = False
+
+
+class Destinations:
+    """Makes the deliveries of one server. `sglang` and `store` are None where the options did not ask for them."""
+
+    def __init__(
+        self,
+        policy: DestinationPolicy,
+        pusher: Pusher,
+        pool: Executor,
+        sglang: SGLangDeliveries | None,
+        store: EmbeddingStore | None,
+    ) -> None:
+        self.policy = policy
+        self._pusher, self._pool, self._sglang, self._store = pusher, pool, sglang, store
+
+    async def resolve(self, ask: Ask, req_id: str, held: contextlib.ExitStack) -> Destination | None:
+        """Where the embedding goes; None when it goes back in the answer. `held` is left when the request ends.
+
+        Raises BadRequest, Forbidden, DeliveryFailed.
+        """
+        if ask.stored:
+            return Destination(self._to_store(ask))
+        if self._sglang is not None and ask.prefill_host is not None:
+            return Destination(await self._to_sglang(self._sglang, ask, ask.prefill_host, held), silent=True)
+        if (ask.prefill_host is None) != (ask.embedding_port is None):
+            raise BadRequest("prefill_host and embedding_port go together: one is missing")
+        if ask.prefill_host is None or ask.embedding_port is None:
+            return None
+        if isinstance(ask.embedding_port, list):
+            raise BadRequest("embedding_port is a list, which only a server with --engine sglang takes")
+        endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port)
+        return Destination(NativePush(self._pusher, endpoint, self._pool))
+
+    async def _to_sglang(self, sglang: SGLangDeliveries, ask: Ask, host: str, held: contextlib.ExitStack) -> Delivery:
+        if ask.embedding_port is None:
+            if ask.req_id is None:
+                raise BadRequest("prefill_host without embedding_port waits for registrations, which need a req_id")
+            return held.enter_context(sglang.to_registered(ask.req_id))
+        ports = ask.embedding_port if isinstance(ask.embedding_port, list) else [ask.embedding_port]
+        return sglang.to_endpoints([await self.policy.endpoint(host, port) for port in ports])
+
+    def _to_store(self, ask: Ask) -> Delivery:
+        if ask.prefill_host is not None or ask.embedding_port is not None:
+            raise BadRequest("delivery is 'ec_store', which goes without prefill_host and embedding_port")
+        if self._store is None:
+            raise Forbidden("delivery is 'ec_store', but this server has no store: it was started without --ec-store")
+        return self._store.delivery([item.uuid for item in ask.items])

@@ -1,0 +1,156 @@
+"""The life of one request, from the door to its outcome, whatever the transport."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+
+from encode_server.delivery.base import Part
+from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
+from encode_server.pipeline.admission import Ticket
+from encode_server.pipeline.request import EncodeRequest
+from encode_server.runtime.caller import CallerGone
+from encode_server.service.caller import Ask, Caller
+from encode_server.service.destinations import Destination
+from encode_server.service.server import Server
+from encode_server.telemetry.logs import log_request
+from encode_server.wire.modality import Modality
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Record:
+    """What the request's log line and metrics say in the end."""
+
+    req_id: str | None = None
+    modality: str = "unknown"
+    items: int = 0
+    tokens: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+async def serve_encode(server: Server, caller: Caller) -> None:
+    """Answer one request; returns when the caller has its answer or is gone.
+
+    The request holds its place from before its body is read until the last byte of its answer has been taken, and its
+    outcome is what happened to that answer.
+    """
+    record, started, outcome = _Record(), time.perf_counter(), "ok"
+    try:
+        async with _admitted(server, caller) as ticket:
+            arrived = time.monotonic()
+            ask = await _read(server, caller, ticket)
+            req_id = ask.req_id or uuid.uuid4().hex
+            record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
+            deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
+            request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages)
+            await _encode_and_deliver(server, caller, ask, request, record)
+    except CallerGone:
+        outcome = "gone"
+    except EncodeError as error:
+        outcome = error.code
+        with contextlib.suppress(CallerGone):
+            await caller.refuse(error, record.req_id)
+    server.metrics.count_request(record.modality, outcome)
+    record.stages["total"] = time.perf_counter() - started
+    log_request(record.req_id or "-", record.modality, outcome, record.items, record.tokens, record.stages)
+
+
+@contextlib.asynccontextmanager
+async def _admitted(server: Server, caller: Caller) -> AsyncIterator[Ticket]:
+    """A place in the server, before the body is read: refusing must cost less than taking. A caller that an error
+    answer would end (SGLang's prefill) waits at the door instead."""
+    if not server.patient:
+        if reason := server.not_ready():
+            raise NotReady(reason, headers={"Retry-After": "2"})
+        with server.admission.admit(caller.client, caller.declared_bytes) as ticket:
+            yield ticket
+        return
+    # Nothing watches whether a caller at the door has gone: a look at its connection would take in its body.
+    wait_s = server.timeout_s(caller.asked_timeout_s)
+    started = time.monotonic()
+    await server.until_open(wait_s)
+    left_s = max(0.0, wait_s - (time.monotonic() - started))
+    async with server.admission.admit_patiently(caller.client, caller.declared_bytes, left_s) as ticket:
+        yield ticket
+
+
+async def _read(server: Server, caller: Caller, ticket: Ticket) -> Ask:
+    """The body. Its time is never longer than by default: a body that trickles in holds a place, and room."""
+    limit_s = server.settings.timeout_s
+    asked = caller.asked_timeout_s
+    try:
+        async with asyncio.timeout(min(asked or limit_s, limit_s)):
+            ask = await caller.read()
+    except TimeoutError:
+        raise DeadlineExceeded("the request's time was up before its body had arrived") from None
+    if ask.part_idx >= ask.num_parts:
+        raise BadRequest(f"part_idx is {ask.part_idx}, expected less than num_parts, {ask.num_parts}")
+    ticket.weigh(nbytes=sum(len(item.source) for item in ask.items) - ticket.bytes)
+    fps = server.settings.video_fps
+    if ask.modality is Modality.VIDEO and fps is not None:
+        return replace(ask, items=[item.with_fps(fps) for item in ask.items])
+    return ask
+
+
+async def _encode_and_deliver(
+    server: Server, caller: Caller, ask: Ask, request: EncodeRequest, record: _Record
+) -> None:
+    part = Part(request.req_id, ask.part_idx, ask.num_parts, request.modality, server.model_name)
+    destination: Destination | None = None
+    with contextlib.ExitStack() as held:
+        if ask.prefill_host is not None:
+            held.enter_context(server.active.hold(part.req_id, part.part_idx, ask.prefill_host))
+        try:
+            async with caller.until_gone(), _until(request.deadline):
+                destination = await server.destinations.resolve(ask, request.req_id, held)
+                encoded = await server.encode(request)
+                record.tokens = encoded.shape[0]
+                began = time.perf_counter()
+                if destination is None:
+                    async with server.undelivered.hold(caller.answer_bytes(encoded), patient=False):
+                        await caller.answer(request.req_id, encoded, server.settings.send_timeout_s)
+                else:
+                    async with server.undelivered.hold(encoded.nbytes, patient=server.patient):
+                        await destination.delivery.deliver(part, encoded)
+                spent = time.perf_counter() - began
+                request.spent("deliver", spent)
+                server.metrics.stage["deliver"].observe(spent)
+            if destination is not None:
+                await caller.confirm(request.req_id, encoded, silent=destination.silent)
+        except CallerGone:
+            raise
+        except Exception as error:
+            known = _known(error, request.req_id)
+            if destination is not None:
+                await destination.delivery.fail(part, known)
+            if server.patient and ask.prefill_host is not None:
+                # The error ends the prefill's other requests, too: let what is on its way arrive there first.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(request.remaining_s):
+                        await server.active.others_ended(part.req_id, part.part_idx, ask.prefill_host)
+            raise known from None
+    server.metrics.items[request.modality].inc(len(encoded.items))
+    server.metrics.tokens[request.modality].inc(record.tokens)
+
+
+@contextlib.asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded("the request's time was up before its embedding was delivered") from None
+
+
+def _known(error: Exception, req_id: str) -> EncodeError:
+    if isinstance(error, EncodeError):
+        return error
+    log.error("request %s failed", req_id, exc_info=error)
+    return EncodeError("an internal error, see the server's log")
