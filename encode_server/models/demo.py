@@ -17,6 +17,9 @@ from encode_server.errors import StartupError
 VERSION = 1
 """Raised with every change of the recipe, so that an older copy in the cache isn't taken for it."""
 
+MODEL_TYPE = "qwen2_5_omni_thinker"
+"""The architecture's name in the demo's config.json, known before the demo is written."""
+
 _WIDTH = 128
 _HEADS = 8
 _VOCABULARY = 1024

@@ -26,11 +26,13 @@ class Tower:
 class Architecture:
     """One `model_type`.
 
-    `family`: the `module:Class` under `families` that handles it. `towers`: by name. `weights`: matches the start of
-    the checkpoint keys that the encoder consists of; the group `name`, if there is one, begins the model's own name.
+    `family`: the `module:Class` under `families` that handles it. `package`: the package under `transformers.models`
+    that holds its modelling code. `towers`: by name. `weights`: matches the start of the checkpoint keys that the
+    encoder consists of; the group `name`, if there is one, begins the model's own name.
     """
 
     family: str
+    package: str
     modalities: frozenset[Modality]
     towers: Mapping[str, Tower]
     weights: str
@@ -64,36 +66,47 @@ def _vision(*path: str) -> dict[str, Tower]:
     return {"vision": Tower(path, "num_attention_heads", 12)}
 
 
-_VL = Architecture("qwen_vl:QwenVL", _SEEN, _QWEN_VISION, r"(model\.)?visual\.")
+def _vl(package: str) -> Architecture:
+    return Architecture("qwen_vl:QwenVL", package, _SEEN, _QWEN_VISION, r"(model\.)?visual\.")
+
+
 _OMNI_WEIGHTS = r"(thinker\.)?(?P<name>(model\.)?(visual|audio_tower)\.)"
 _SIGLIP_WEIGHTS = r"(vision_model\.)?(embeddings|encoder|post_layernorm)\."
 _CLIP_WEIGHTS = r"(vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm)\."
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "qwen2_vl": _VL,
-    "qwen2_5_vl": _VL,
-    "qwen3_vl": _VL,
-    "qwen3_vl_moe": _VL,
-    "qwen2_5_omni": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni("thinker_config"), _OMNI_WEIGHTS),
-    "qwen2_5_omni_thinker": Architecture("qwen_omni:QwenOmni", _SEEN | _HEARD, _omni(), _OMNI_WEIGHTS),
+    "qwen2_vl": _vl("qwen2_vl"),
+    "qwen2_5_vl": _vl("qwen2_5_vl"),
+    "qwen3_vl": _vl("qwen3_vl"),
+    "qwen3_vl_moe": _vl("qwen3_vl_moe"),
+    "qwen2_5_omni": Architecture(
+        "qwen_omni:QwenOmni", "qwen2_5_omni", _SEEN | _HEARD, _omni("thinker_config"), _OMNI_WEIGHTS
+    ),
+    "qwen2_5_omni_thinker": Architecture("qwen_omni:QwenOmni", "qwen2_5_omni", _SEEN | _HEARD, _omni(), _OMNI_WEIGHTS),
     "qwen2_audio": Architecture(
         "qwen_audio:QwenAudio",
+        "qwen2_audio",
         _HEARD,
         {"audio": Tower(("audio_config",), "encoder_attention_heads", 20)},
         r"(model\.)?(audio_tower|multi_modal_projector)\.",
     ),
     "whisper": Architecture(
         "whisper:Whisper",
+        "whisper",
         _HEARD,
         {"audio": Tower((), "encoder_attention_heads", 6)},
         r"(model\.)?encoder\.(?P<name>)",
     ),
-    "siglip": Architecture("image_towers:Siglip", _STILL, _vision("vision_config"), _SIGLIP_WEIGHTS),
-    "siglip_vision_model": Architecture("image_towers:Siglip", _STILL, _vision(), _SIGLIP_WEIGHTS),
-    "clip": Architecture("image_towers:Clip", _STILL, _vision("vision_config"), _CLIP_WEIGHTS),
-    "clip_vision_model": Architecture("image_towers:Clip", _STILL, _vision(), _CLIP_WEIGHTS),
+    "siglip": Architecture("image_towers:Siglip", "siglip", _STILL, _vision("vision_config"), _SIGLIP_WEIGHTS),
+    "siglip_vision_model": Architecture("image_towers:Siglip", "siglip", _STILL, _vision(), _SIGLIP_WEIGHTS),
+    "clip": Architecture("image_towers:Clip", "clip", _STILL, _vision("vision_config"), _CLIP_WEIGHTS),
+    "clip_vision_model": Architecture("image_towers:Clip", "clip", _STILL, _vision(), _CLIP_WEIGHTS),
     "dinov2": Architecture(
-        "image_towers:Dinov2", _STILL, _vision(), r"(dinov2\.)?(?P<name>(embeddings|encoder|layers|layernorm)\.)"
+        "image_towers:Dinov2",
+        "dinov2",
+        _STILL,
+        _vision(),
+        r"(dinov2\.)?(?P<name>(embeddings|encoder|layers|layernorm)\.)",
     ),
 }
 

@@ -1,0 +1,93 @@
+"""What the front needs to know of a checkpoint before the ranks start, found out by a short-lived child process.
+
+`inspect` may download and import anything; `preload_modules` imports neither torch nor a media decoder and never uses
+the network.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from encode_server.errors import StartupError
+from encode_server.models.checkpoint import read_json, resolve
+from encode_server.models.registry import ARCHITECTURES, check_tp, summarize
+from encode_server.wire.checkpoint import Inspection
+from encode_server.wire.modality import Modality
+
+_PROCESSOR_MODULES = {
+    Modality.IMAGE: ["transformers.image_processing_backends", "transformers.models.auto.image_processing_auto"],
+    Modality.VIDEO: ["transformers.video_processing_utils", "transformers.models.auto.video_processing_auto"],
+    Modality.AUDIO: [
+        "transformers.feature_extraction_sequence_utils",
+        "transformers.models.auto.feature_extraction_auto",
+    ],
+}
+
+
+def inspect(model: str, revision: str | None, tp: int) -> Inspection:
+    """Find the checkpoint that `model` names, download the encoder's files if necessary, and describe the checkpoint.
+
+    `model` and `revision`: as for `checkpoint.resolve`. `tp`: the number of ranks that will share the encoder.
+
+    Raises:
+        StartupError: unknown model, missing or unreadable files, an unsupported architecture, or a `tp` that does not
+            divide the attention heads. The message is one line for the operator.
+    """
+    from encode_server.models.probes import probe_media
+
+    checkpoint = resolve(model, revision)
+    summary = summarize(checkpoint)
+    check_tp(summary, tp)
+    modalities = sorted(summary.modalities)
+    return Inspection(
+        path=str(checkpoint.path),
+        name=checkpoint.name,
+        revision=checkpoint.revision,
+        model_type=checkpoint.model_type,
+        modalities=modalities,
+        dtype=summary.dtype,
+        probes={modality: probe_media(modality) for modality in modalities},
+        preload=_preload(checkpoint.model_type),
+    )
+
+
+def preload_modules(model: str, revision: str | None) -> list[str]:
+    """`Inspection.preload` of `model`, if its config.json is already on this machine, else an empty list.
+
+    Every problem with the checkpoint also gives an empty list: `inspect` reports the problem.
+    """
+    if model == "demo":
+        from encode_server.models.demo import MODEL_TYPE
+
+        return _preload(MODEL_TYPE)
+    config = _local_config(model, revision)
+    if config is None:
+        return []
+    try:
+        return _preload(str(read_json(config, model).get("model_type", "")))
+    except StartupError:
+        return []
+
+
+def _local_config(model: str, revision: str | None) -> Path | None:
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+    except (HFValidationError, OSError):
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _preload(model_type: str) -> list[str]:
+    """The modelling code of `model_type`, and what the processors of its modalities are built on."""
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
+        return []
+    package = architecture.package
+    processors = [module for modality in sorted(architecture.modalities) for module in _PROCESSOR_MODULES[modality]]
+    return [f"transformers.models.{package}.modeling_{package}", *processors]

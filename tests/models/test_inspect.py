@@ -1,0 +1,113 @@
+"""What a short-lived process finds out about a checkpoint before the ranks start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from encode_server.errors import StartupError
+from encode_server.media.limits import MediaLimits
+from encode_server.models.checkpoint import resolve
+from encode_server.models.inspect import inspect, preload_modules
+from encode_server.models.preprocess import Preprocessor
+from encode_server.models.registry import ARCHITECTURES
+from encode_server.wire.checkpoint import Inspection
+from encode_server.wire.modality import Modality
+from tests.checkpoints import Checkpoints
+
+
+def test_an_inspection_describes_the_checkpoint(checkpoints: Checkpoints) -> None:
+    path = checkpoints.path("qwen2_5_omni")
+    found = inspect(str(path), None, tp=2)
+    assert found == msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=Inspection)
+    assert (found.path, found.name, found.revision) == (str(path), str(path), "")
+    assert (found.model_type, found.dtype) == ("qwen2_5_omni", "float32")
+    assert found.modalities == [Modality.AUDIO, Modality.IMAGE, Modality.VIDEO]
+    assert found.preload == preload_modules(str(path), None)
+
+
+def test_the_probes_of_an_inspection_can_be_prepared(checkpoints: Checkpoints) -> None:
+    path = checkpoints.path("qwen2_5_omni")
+    preprocessor = Preprocessor(resolve(str(path)), MediaLimits())
+    found = inspect(str(path), None, tp=1)
+    assert sorted(found.probes) == found.modalities
+    for modality, data in found.probes.items():
+        assert preprocessor.prepare(modality, data).tokens >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "message"),
+    [
+        ("missing", 1, "no such directory"),
+        ("unsupported", 1, "model_type 'llama' is not supported"),
+        ("good", 3, "tp 3 does not divide the 4 attention heads of the vision tower"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, tp: int, message: str
+) -> None:
+    (tmp_path / "unsupported").mkdir()
+    (tmp_path / "unsupported/config.json").write_text('{"model_type": "llama"}')
+    path = checkpoints.path("qwen2_5_vl") if name == "good" else tmp_path / name
+    with pytest.raises(StartupError, match=message) as caught:
+        inspect(str(path), None, tp=tp)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_modules_to_preload_exist(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    modules = preload_modules(str(tmp_path), None)
+    assert modules
+    assert all(find_spec(module) for module in modules)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "llama"}', '{"model_type": []}'])
+def test_nothing_is_preloaded_for_a_checkpoint_that_cannot_be_used(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert preload_modules(str(tmp_path), None) == []
+
+
+def test_modules_to_preload_come_from_the_hub_cache_without_the_network(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--someone--something"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / commit).symlink_to(checkpoints.path("qwen2_5_vl"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    modules = preload_modules("someone/something", None)
+    assert modules == preload_modules(str(checkpoints.path("qwen2_5_vl")), None)
+    assert preload_modules("someone/something", commit) == modules
+    assert preload_modules("someone/something", "another") == []
+    assert preload_modules("someone/else", None) == []
+    assert preload_modules("not a model", None) == []
+
+
+def test_the_front_learns_what_to_preload_without_torch_or_a_decoder(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from encode_server.models.inspect import preload_modules
+assert preload_modules("demo", None)
+preload_modules({str(tmp_path)!r}, None)
+preload_modules("someone/something", None)
+assert not {{"torch", "transformers", "PIL", "av"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_is_what_it_says_before_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = preload_modules("demo", None)
+    assert not list(tmp_path.iterdir())
+    assert inspect("demo", None, tp=1).preload == before
