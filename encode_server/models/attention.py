@@ -122,7 +122,7 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments,
 
     By its operator: `torch.nn.attention.varlen.varlen_attn` of torch 2.15 prefers cuDNN on Hopper and Blackwell, which
     plans anew for every new number of tokens or segments, for tens of milliseconds, and keeps every plan. Batches of
-    pictures hardly ever repeat both.
+    images hardly ever repeat both.
     """
     cu, longest = layout.cu_seqlens, layout.longest
     output: torch.Tensor = torch.ops.aten._flash_attention_forward(

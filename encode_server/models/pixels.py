@@ -1,8 +1,8 @@
 """Patches as bytes on their way to the ranks, rescaled and normalised there.
 
-A processor hands out float32 with each still picture's frame repeated to fill a temporal patch: eight times what the
-picture holds. Asked for neither rescaling nor normalisation, it hands out the resized bytes; the ranks then do those
-two steps, with the processor's own constants in its own order, so the values are the same to the bit.
+A processor hands out float32 with each still image's frame repeated to fill a temporal patch: eight times the bytes
+of the image. Asked for neither rescaling nor normalisation, the processor hands out the resized bytes; the ranks then
+do those two steps, with the processor's own constants in its own order, so the values are the same to the bit.
 """
 
 from __future__ import annotations

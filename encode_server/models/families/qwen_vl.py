@@ -27,7 +27,7 @@ VISION_PLAN: Plan = {
     r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.0|linear_fc1)": Style.COLUMN,
     r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.2|linear_fc2)": Style.ROW,
 }
-"""All but q, k and v, which the VL models fuse and Omni doesn't."""
+"""All but q, k and v, which the VL models fuse and Omni does not."""
 
 
 class QwenVision(Family):
@@ -102,13 +102,15 @@ class QwenVision(Family):
             return {}
         return {"second_per_grid_ts": temporal_patch / metadata.sampled_fps}
 
-    def see(self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device) -> list[torch.Tensor]:
+    def encode_vision(
+        self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
+    ) -> list[torch.Tensor]:
         """[tokens, dim] per image or video; DeepStack levels follow the main embedding along dim."""
         tower = vision_tower(model)
         if self._layouts is None:
             self._layouts = VisionLayouts(tower.config)
         grids: list[Grid] = [tuple(item["grid_thw"].tolist()) for item in items]
-        # prefixed, or transformers takes cu_seqlens for the language model's and drops it
+        # Prefixed: transformers would take a plain cu_seqlens for the language model's and drop the argument.
         layout = {f"{modality}_{name}": value for name, value in self._layouts.batch(grids, device).items()}
         pixels = unpack(items, tower.config, device, tower.dtype)
         grid_thw = torch.tensor(grids)  # on the CPU: only split sizes are taken from it
@@ -155,7 +157,7 @@ class QwenVL(QwenVision):
     def forward(
         self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
     ) -> list[torch.Tensor]:
-        return self.see(model, modality, items, device)
+        return self.encode_vision(model, modality, items, device)
 
 
 def vision_tower(model: Any) -> Any:
