@@ -40,10 +40,15 @@ class Segments:
 
 
 def use_segment_attention(model: nn.Module) -> None:
-    """Make `model`, and every model inside it, attend with this implementation."""
+    """Make `model`, and every model inside it, attend with this implementation.
+
+    Padded batches keep their masks: transformers makes none for an implementation that it knows no mask function of.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, segment_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, sdpa_mask)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
@@ -65,7 +70,8 @@ def segment_attention(
     """transformers' attention interface: q, k, v [1, heads, tokens, dim] → [1, tokens, heads, dim].
 
     `segments` holds the batch's layouts (full and windowed); the layer's `cu_seq_lens_q` says which one it means.
-    Layers without segments (padded batches) get plain scaled-dot-product attention.
+    Layers without segments get plain scaled-dot-product attention, under the mask of a padded batch if there is one
+    (bool, true where a key is attended to, broadcast to [batch, heads, queries, keys]).
     """
     if cu_seq_lens_q is None:
         if attention_mask is None and _has_flash(query):
@@ -116,7 +122,7 @@ def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments,
 
     By its operator: `torch.nn.attention.varlen.varlen_attn` of torch 2.15 prefers cuDNN on Hopper and Blackwell, which
     plans anew for every new number of tokens or segments, for tens of milliseconds, and keeps every plan. Batches of
-    pictures hardly ever repeat both.
+    images hardly ever repeat both.
     """
     cu, longest = layout.cu_seqlens, layout.longest
     output: torch.Tensor = torch.ops.aten._flash_attention_forward(

@@ -25,8 +25,8 @@ _INDEX = "model.safetensors.index.json"
 class Checkpoint:
     """A checkpoint on this machine.
 
-    `path`: its directory. `config`: its config.json. `name`: as the operator gave it. `revision`: the commit of a hub
-    checkpoint, empty for a directory.
+    `path`: its directory. `config`: its config.json without any `quantization_config`. `name`: as the operator gave the
+    checkpoint. `revision`: the commit of a hub checkpoint, empty for a directory.
     """
 
     path: Path
@@ -68,10 +68,11 @@ def open_directory(path: Path, *, name: str | None = None, revision: str = "") -
     Raises:
         StartupError: config.json or the safetensors are missing or unreadable, or the architecture is unsupported.
     """
+    from encode_server.models.quantised import unquantised
     from encode_server.models.registry import check_supported
 
     name = name or str(path)
-    config = read_json(path / "config.json", name)
+    config = unquantised(read_json(path / "config.json", name))
     checkpoint = Checkpoint(path=path, config=config, name=name, revision=revision)
     check_supported(checkpoint)
     weight_files(checkpoint)

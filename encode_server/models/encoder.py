@@ -16,6 +16,7 @@ from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
 from encode_server.models.linear import align_mlps, pack_linears, replace_patch_convolutions
 from encode_server.models.parallel import shard
+from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import check_tp, summarize
 from encode_server.models.weights import load_model, quiet
 from encode_server.wire.modality import Modality
@@ -50,12 +51,14 @@ def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: in
     group must exist. Code that comes with a checkpoint is never run: the architectures known need none.
 
     Raises:
-        StartupError: unsupported or incomplete checkpoint, or a `world` that doesn't divide the attention heads.
+        StartupError: unsupported or incomplete checkpoint, an encoder that is itself quantised, or a `world` that does
+            not divide the attention heads.
     """
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     checkpoint = open_directory(Path(path))
     check_tp(summarize(checkpoint), world)
+    check_unquantised(checkpoint)
     family = family_of(checkpoint)
     with quiet():
         model_class, config = family.model_class()

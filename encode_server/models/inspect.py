@@ -10,6 +10,7 @@ from pathlib import Path
 
 from encode_server.errors import StartupError
 from encode_server.models.checkpoint import read_json, resolve
+from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import ARCHITECTURES, check_tp, summarize
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.modality import Modality
@@ -31,8 +32,9 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
     `model` and `revision`: as for `checkpoint.resolve`. `tp`: the number of ranks that will share the encoder.
 
     Raises:
-        StartupError: unknown model, missing or unreadable files, an unsupported architecture, or a `tp` that does not
-            divide the attention heads. The message is one line for the operator.
+        StartupError: unknown model, missing or unreadable files, an unsupported architecture, an encoder that is
+            itself quantised, or a `tp` that does not divide the attention heads. The message is one line for the
+            operator.
     """
     from encode_server.models.probes import probe_media
 
@@ -40,6 +42,7 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
     checkpoint = resolve(model, revision)
     summary = summarize(checkpoint)
     check_tp(summary, tp)
+    check_unquantised(checkpoint)
     modalities = sorted(summary.modalities)
     return Inspection(
         path=str(checkpoint.path),

@@ -18,6 +18,9 @@ from encode_server.models.attention import Segments
 Grid = tuple[int, int, int]
 """(t, h, w) of one item, in patches."""
 
+_GRIDS = 64
+"""How many grids' layouts a tower remembers."""
+
 
 @dataclass(frozen=True)
 class GridLayout:
@@ -35,14 +38,14 @@ class GridLayout:
 class VisionLayouts:
     """Layouts of a Qwen vision tower's batches, as keyword arguments for its forward."""
 
-    def __init__(self, config: Any, *, keep: int = 64) -> None:
-        """`config`: the vision tower's. `keep`: how many grids to remember."""
+    def __init__(self, config: Any) -> None:
+        """`config`: the vision tower's."""
         self._merge = int(config.spatial_merge_size)
         self._patch = int(config.patch_size)
         self._window = getattr(config, "window_size", None)
         table = getattr(config, "num_position_embeddings", None)
         self._table_side = int(table**0.5) if table else None
-        self._grid = lru_cache(maxsize=keep)(self._compute)
+        self._grid = lru_cache(maxsize=_GRIDS)(self._compute)
 
     def batch(self, grids: Sequence[Grid], device: torch.device) -> dict[str, Any]:
         """What transformers would compute for these grids, under the names its vision models take it by."""

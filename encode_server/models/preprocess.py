@@ -28,7 +28,7 @@ class Preprocessor:
     def __init__(self, checkpoint: Checkpoint, limits: MediaLimits, max_patches: int = 131_072) -> None:
         """Load the processors of the checkpoint's modalities; `limits` bound every item.
 
-        `max_patches`: what `min_pixels` may enlarge a picture or a video to.
+        `max_patches`: what `min_pixels` may enlarge an image or a video to.
 
         Raises:
             StartupError: a processor's configuration is missing or unreadable.
@@ -134,7 +134,7 @@ class Preprocessor:
         if low is None and high is None:
             return {}
         if not self._family.variable_pixels:
-            raise BadRequest("min_pixels and max_pixels do not apply: this model's pictures have one fixed size")
+            raise BadRequest("min_pixels and max_pixels do not apply: this model's images have one fixed size")
         if low is None:
             low = min(int(processor.size["shortest_edge"]), high) if high is not None else None
         if high is None:

@@ -43,15 +43,14 @@ class Summary:
     """What is known before anything is loaded. `heads`: attention heads per tower. `dtype`: the checkpoint's, in
     torch's name (`bfloat16`)."""
 
-    model_type: str
     modalities: frozenset[Modality]
     heads: dict[str, int]
     dtype: str
 
 
-_SEEN = frozenset({Modality.IMAGE, Modality.VIDEO})
-_HEARD = frozenset({Modality.AUDIO})
-_STILL = frozenset({Modality.IMAGE})
+_VISION = frozenset({Modality.IMAGE, Modality.VIDEO})
+_AUDIO = frozenset({Modality.AUDIO})
+_IMAGE_ONLY = frozenset({Modality.IMAGE})
 _QWEN_VISION = {"vision": Tower(("vision_config",), "num_heads", 16)}
 
 
@@ -67,7 +66,7 @@ def _vision(*path: str) -> dict[str, Tower]:
 
 
 def _vl(package: str) -> Architecture:
-    return Architecture("qwen_vl:QwenVL", package, _SEEN, _QWEN_VISION, r"(model\.)?visual\.")
+    return Architecture("qwen_vl:QwenVL", package, _VISION, _QWEN_VISION, r"(model\.)?visual\.")
 
 
 _OMNI_WEIGHTS = r"(thinker\.)?(?P<name>(model\.)?(visual|audio_tower)\.)"
@@ -80,31 +79,33 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3_vl": _vl("qwen3_vl"),
     "qwen3_vl_moe": _vl("qwen3_vl_moe"),
     "qwen2_5_omni": Architecture(
-        "qwen_omni:QwenOmni", "qwen2_5_omni", _SEEN | _HEARD, _omni("thinker_config"), _OMNI_WEIGHTS
+        "qwen_omni:QwenOmni", "qwen2_5_omni", _VISION | _AUDIO, _omni("thinker_config"), _OMNI_WEIGHTS
     ),
-    "qwen2_5_omni_thinker": Architecture("qwen_omni:QwenOmni", "qwen2_5_omni", _SEEN | _HEARD, _omni(), _OMNI_WEIGHTS),
+    "qwen2_5_omni_thinker": Architecture(
+        "qwen_omni:QwenOmni", "qwen2_5_omni", _VISION | _AUDIO, _omni(), _OMNI_WEIGHTS
+    ),
     "qwen2_audio": Architecture(
         "qwen_audio:QwenAudio",
         "qwen2_audio",
-        _HEARD,
+        _AUDIO,
         {"audio": Tower(("audio_config",), "encoder_attention_heads", 20)},
         r"(model\.)?(audio_tower|multi_modal_projector)\.",
     ),
     "whisper": Architecture(
         "whisper:Whisper",
         "whisper",
-        _HEARD,
+        _AUDIO,
         {"audio": Tower((), "encoder_attention_heads", 6)},
         r"(model\.)?encoder\.(?P<name>)",
     ),
-    "siglip": Architecture("image_towers:Siglip", "siglip", _STILL, _vision("vision_config"), _SIGLIP_WEIGHTS),
-    "siglip_vision_model": Architecture("image_towers:Siglip", "siglip", _STILL, _vision(), _SIGLIP_WEIGHTS),
-    "clip": Architecture("image_towers:Clip", "clip", _STILL, _vision("vision_config"), _CLIP_WEIGHTS),
-    "clip_vision_model": Architecture("image_towers:Clip", "clip", _STILL, _vision(), _CLIP_WEIGHTS),
+    "siglip": Architecture("image_towers:Siglip", "siglip", _IMAGE_ONLY, _vision("vision_config"), _SIGLIP_WEIGHTS),
+    "siglip_vision_model": Architecture("image_towers:Siglip", "siglip", _IMAGE_ONLY, _vision(), _SIGLIP_WEIGHTS),
+    "clip": Architecture("image_towers:Clip", "clip", _IMAGE_ONLY, _vision("vision_config"), _CLIP_WEIGHTS),
+    "clip_vision_model": Architecture("image_towers:Clip", "clip", _IMAGE_ONLY, _vision(), _CLIP_WEIGHTS),
     "dinov2": Architecture(
         "image_towers:Dinov2",
         "dinov2",
-        _STILL,
+        _IMAGE_ONLY,
         _vision(),
         r"(dinov2\.)?(?P<name>(embeddings|encoder|layers|layernorm)\.)",
     ),
@@ -141,7 +142,6 @@ def summarize(checkpoint: Checkpoint) -> Summary:
             raise StartupError(f"model {checkpoint.name!r}: {tower.heads} of the {name} tower is {value!r}")
         heads[name] = value
     return Summary(
-        model_type=checkpoint.model_type,
         modalities=architecture.modalities,
         heads=heads,
         dtype=_dtype(checkpoint, architecture),

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from encode_server.errors import StartupError
+from encode_server.errors import StartupError, first_line
 from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
 
 
 @contextmanager
 def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Iterator[dict[str, Any]]:
-    """Safetensors slices by their new name, for every key that `rename` doesn't answer with None.
+    """Safetensors slices by their new name, for every key that `rename` does not answer with None.
 
-    A slice reads its bytes when transformers indexes it; what isn't selected is never touched, and a shard that holds
-    nothing wanted isn't opened. Valid inside the block.
+    A slice reads its bytes when transformers indexes it; tensors that are not selected are never touched, and a
+    shard without selected tensors is not opened. Valid inside the block.
 
     Raises:
         StartupError: a shard is unreadable, or holds nothing that is wanted anywhere.
@@ -35,7 +35,9 @@ def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]
                 shard = opened.enter_context(safe_open(file, framework="pt", device="cpu"))
                 selected.update({name: shard.get_slice(key) for key, name in wanted.items()})
             except (OSError, RuntimeError, SafetensorError) as error:
-                raise StartupError(f"model {checkpoint.name!r}: {file.name} is not readable: {error}") from error
+                raise StartupError(
+                    f"model {checkpoint.name!r}: {file.name} is not readable: {first_line(error)}"
+                ) from error
         if not selected:
             raise StartupError(f"model {checkpoint.name!r}: its safetensors hold no encoder weights")
         yield selected
@@ -63,8 +65,9 @@ def load_model(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
             )
         except (RuntimeError, ValueError) as error:
-            line = str(error).strip().split("\n", 1)[0]
-            raise StartupError(f"model {checkpoint.name!r} does not match its config.json: {line}") from error
+            raise StartupError(
+                f"model {checkpoint.name!r} does not match its config.json: {first_line(error)}"
+            ) from error
     missing = sorted(key for key in report["missing_keys"] if required(key))
     if missing:
         shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")

@@ -10,7 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from encode_server.models import attention
-from encode_server.models.attention import Segments, segment_attention
+from encode_server.models.attention import Segments, segment_attention, use_segment_attention
+from tests.checkpoints import Checkpoints
+from tests.models import samples
+from tests.models.reference import Reference
 
 LENGTHS = [3, 8, 3, 1, 8, 3]
 
@@ -76,3 +79,32 @@ def test_flash_kernel_agrees_on_padded_batches() -> None:
     got, _ = segment_attention(nn.Identity(), q, k, v, None, scaling=0.3)
     want = torch.softmax(q.float() @ k.float().mT * 0.3, dim=-1) @ v.float()
     torch.testing.assert_close(got.float(), want.transpose(1, 2), atol=0.02, rtol=0)
+
+
+def test_padded_images_keep_their_mask() -> None:
+    """SigLIP 2 pads images of different shapes to one number of patches; padding must not be attended to."""
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    torch.manual_seed(0)
+    config = Siglip2VisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_patches=64, patch_size=4
+    )
+    model = Siglip2VisionModel(config).eval().requires_grad_(False)
+    use_segment_attention(model)
+    shapes = torch.tensor([[4, 8], [3, 5]])
+    pixels = torch.randn(2, 32, 48)
+    mask = torch.arange(32)[None] < shapes.prod(1)[:, None]
+    together = model(pixels, mask, shapes).last_hidden_state[1, :15]
+    alone = model(pixels[1:, :15], mask[1:, :15], shapes[1:]).last_hidden_state[0]
+    torch.testing.assert_close(together, alone)
+    unmasked = model(pixels, torch.ones_like(mask), shapes).last_hidden_state[1, :15]
+    assert (unmasked - alone).abs().max() > 0.01, "the padding is too weak to show a missing mask"
+
+
+def test_padded_audio_keeps_its_mask(checkpoints: Checkpoints) -> None:
+    """Qwen2-Audio as transformers runs it: 4 s windows, of which 1.5 s are sound."""
+    reference = Reference(checkpoints.path("qwen2_audio"), "qwen2_audio")
+    sound = samples.samples(1.5)
+    want = reference.audio(sound)
+    use_segment_attention(reference.model.model.audio_tower)
+    torch.testing.assert_close(reference.audio(sound), want, atol=1e-4, rtol=0)

@@ -105,7 +105,6 @@ def test_an_unknown_model_is_one_clear_line(model: str, message: str, monkeypatc
 
 def test_summary_names_heads_and_dtype(checkpoints: Checkpoints) -> None:
     summary = summarize(resolve(str(checkpoints.path("qwen2_5_omni"))))
-    assert summary.model_type == "qwen2_5_omni"
     assert summary.modalities == set(Modality)
     assert summary.heads == {"vision": 4, "audio": 4}
     assert summary.dtype == "float32"
@@ -135,7 +134,7 @@ def test_heads_left_out_of_config_json_are_those_of_the_config_class() -> None:
 
 
 def test_tp_must_divide_every_towers_heads() -> None:
-    summary = Summary("x", frozenset(), {"vision": 16, "audio": 20}, "float32")
+    summary = Summary(frozenset(), {"vision": 16, "audio": 20}, "float32")
     check_tp(summary, 4)
     with pytest.raises(StartupError, match="tp 8 does not divide the 20 attention heads of the audio tower"):
         check_tp(summary, 8)

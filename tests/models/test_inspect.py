@@ -24,7 +24,7 @@ from tests.checkpoints import Checkpoints
 
 def test_an_inspection_describes_the_checkpoint(checkpoints: Checkpoints) -> None:
     path = checkpoints.path("qwen2_5_omni")
-    found = inspect(str(path), None, tp=2)
+    found = inspect((str(path), None, 2))
     assert found == msgspec.msgpack.decode(msgspec.msgpack.encode(found), type=Inspection)
     assert (found.path, found.name, found.revision) == (str(path), str(path), "")
     assert (found.model_type, found.dtype) == ("qwen2_5_omni", "float32")
@@ -35,7 +35,7 @@ def test_an_inspection_describes_the_checkpoint(checkpoints: Checkpoints) -> Non
 def test_the_probes_of_an_inspection_can_be_prepared(checkpoints: Checkpoints) -> None:
     path = checkpoints.path("qwen2_5_omni")
     preprocessor = Preprocessor(resolve(str(path)), MediaLimits())
-    found = inspect(str(path), None, tp=1)
+    found = inspect((str(path), None, 1))
     assert sorted(found.probes) == found.modalities
     for modality, data in found.probes.items():
         assert preprocessor.prepare(modality, data).tokens >= 1
@@ -56,7 +56,7 @@ def test_what_cannot_work_is_one_line(
     (tmp_path / "unsupported/config.json").write_text('{"model_type": "llama"}')
     path = checkpoints.path("qwen2_5_vl") if name == "good" else tmp_path / name
     with pytest.raises(StartupError, match=message) as caught:
-        inspect(str(path), None, tp=tp)
+        inspect((str(path), None, tp))
     assert "\n" not in str(caught.value)
 
 
@@ -110,4 +110,4 @@ def test_the_demo_is_what_it_says_before_it_is_written(monkeypatch: pytest.Monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = preload_modules("demo", None)
     assert not list(tmp_path.iterdir())
-    assert inspect("demo", None, tp=1).preload == before
+    assert inspect(("demo", None, 1)).preload == before

@@ -41,7 +41,7 @@ class Family(ABC):
     # What ranks call.
 
     def rename(self, key: str) -> str | None:
-        """The model's name of a checkpoint key (before transformers' own conversion), None for what isn't read."""
+        """The model's name of a checkpoint key (before transformers' own conversion); None if the key is not read."""
         found = self._weights.match(key)
         if found is None:
             return None
@@ -68,7 +68,7 @@ class Family(ABC):
     # What the front calls. `options` are keyword arguments for the checkpoint's own processor.
 
     def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
-        """One RGB picture, through the checkpoint's image processor."""
+        """One RGB image, through the checkpoint's image processor."""
         raise NotImplementedError
 
     def prepare_video(
@@ -81,7 +81,7 @@ class Family(ABC):
         raise NotImplementedError
 
     def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
-        """Pieces of an item that can be encoded apart, their embeddings put one after another; [item] when it can't.
+        """Pieces of an item that can be encoded apart, their embeddings put one after another, or the item alone.
 
         Each costs at most `max_cost` where the architecture allows it. Tensors are views of the item's.
         """
@@ -96,6 +96,12 @@ def gather(items: Sequence[Item], name: str, device: torch.device, dtype: torch.
     """The items' tensors called `name`, concatenated along dim 0 on `device` in `dtype`."""
     parts = [item[name].to(device, non_blocking=True) for item in items]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+def stack(items: Sequence[Item], name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The items' tensors called `name`, all of one shape, as one batch."""
+    parts = [item[name].to(device, non_blocking=True) for item in items]
+    return (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)).to(dtype)
 
 
 def without_language_model(config: Any) -> Any:

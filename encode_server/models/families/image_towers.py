@@ -8,15 +8,14 @@ from typing import Any, ClassVar
 import torch
 from PIL import Image
 
-from encode_server.models.families.base import Family, Item
-from encode_server.models.families.whisper import stack
+from encode_server.models.families.base import Family, Item, stack
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
 
 
 class ImageTower(Family):
-    """A vision transformer over pictures of the size its image processor makes."""
+    """A vision transformer over images of the size its image processor makes."""
 
     variable_pixels = False
     class_tokens = 1

@@ -17,11 +17,11 @@ from encode_server.models.parallel import Plan
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
 
-_REACH = 2  # mel frames behind the last one of sound that the convolutions look at for its position
+_REACH = 2  # mel frames behind the last frame of the audio that the convolutions look at for its position
 
 
 class QwenAudio(Family):
-    """Tower plus projector; only the tokens of real sound, as the language side consumes them."""
+    """Tower plus projector; only the tokens of the audio without its padding, as the language side consumes them."""
 
     plan: ClassVar[Plan] = {rf".*audio_tower\.{pattern}": style for pattern, style in ENCODER_PLAN.items()}
 
@@ -43,7 +43,7 @@ class QwenAudio(Family):
     ) -> list[torch.Tensor]:
         base = model.model if hasattr(model.model, "audio_tower") else model
         lengths = [(int(item["mel_frames"]) - 1) // 2 + 1 for item in items]
-        hidden = _hear(base.audio_tower, items, lengths, device)
+        hidden = _encode(base.audio_tower, items, lengths, device)
         projected = base.multi_modal_projector(torch.cat(hidden))
         return list(projected.split([len(row) for row in hidden]))
 
@@ -66,11 +66,11 @@ class QwenAudio(Family):
         )
 
 
-def _hear(tower: Any, items: Sequence[Item], lengths: Sequence[int], device: torch.device) -> list[torch.Tensor]:
-    """The tower over real sound alone, packed: `lengths` positions each after the convolutions, half as many out.
+def _encode(tower: Any, items: Sequence[Item], lengths: Sequence[int], device: torch.device) -> list[torch.Tensor]:
+    """The tower over audio without padding, packed: `lengths` positions each after the convolutions, half as many out.
 
-    transformers runs it over the 30 s that it pads every sound to, and masks and drops what is padding: the same, for
-    ten times the work where a sound lasts three seconds.
+    transformers pads every audio to 30 s, runs the tower over all of them, and masks and drops the padding: the same
+    result, for ten times the work where an audio lasts three seconds.
     """
     features = [item["input_features"].to(device, non_blocking=True).to(tower.dtype) for item in items]
     widest = max(feature.shape[1] for feature in features)

@@ -49,8 +49,8 @@ class QwenOmni(QwenVision):
         self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
     ) -> list[torch.Tensor]:
         if modality is Modality.AUDIO:
-            return self._hear(_audio_tower(model), items, device)
-        return self.see(model, modality, items, device)
+            return self._encode_audio(_audio_tower(model), items, device)
+        return self.encode_vision(model, modality, items, device)
 
     def prepare_audio(self, extractor: Any, samples: npt.NDArray[np.float32]) -> Prepared:
         samples = pad_to_one_token(samples, extractor)
@@ -69,10 +69,10 @@ class QwenOmni(QwenVision):
             extra={"mel_frames": frames},
         )
 
-    def _hear(self, tower: Any, items: Sequence[Item], device: torch.device) -> list[torch.Tensor]:
-        """The tower as `get_audio_features` calls it, with what it would compute from lengths given to it.
+    def _encode_audio(self, tower: Any, items: Sequence[Item], device: torch.device) -> list[torch.Tensor]:
+        """The tower as `get_audio_features` calls it, given what that method would compute from the lengths.
 
-        That method wants the batch padded to its longest sound and reads lengths back from the device.
+        That method wants the batch padded to its longest audio and reads lengths back from the device.
         """
         lengths = [item["input_features"].shape[1] for item in items]
         size = 2 * int(tower.n_window)
@@ -100,13 +100,13 @@ class QwenOmni(QwenVision):
 
 
 def _valid_indices(lengths: Sequence[int]) -> torch.Tensor:
-    """Positions that aren't padding in a flattened [chunks, longest] grid."""
+    """Positions that are not padding in a flattened [chunks, longest] grid."""
     longest = max(lengths)
     return torch.cat([torch.arange(length) + row * longest for row, length in enumerate(lengths)])
 
 
 def _pool_indices(lengths: Sequence[int]) -> torch.Tensor:
-    """First position of each pair that the pooling of stride 2 averages, sounds packed one after the other."""
+    """First position of each pair that the pooling of stride 2 averages, in a packed batch of audio."""
     indices, start = [], 0
     for length in lengths:
         indices.append(start + 2 * torch.arange(length // 2))

@@ -14,7 +14,8 @@ from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families.base import Family, Item, without_language_model
 from encode_server.models.layouts import Grid, VisionLayouts
 from encode_server.models.parallel import Plan, Style
-from encode_server.models.pixels import pack, raw_options, unpack
+from encode_server.models.patches import ImagePatches, VideoPatches
+from encode_server.models.pixels import constants, pack, raw_options, unpack
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
 
@@ -26,7 +27,7 @@ VISION_PLAN: Plan = {
     r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.0|linear_fc1)": Style.COLUMN,
     r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.2|linear_fc2)": Style.ROW,
 }
-"""All but q, k and v, which the VL models fuse and Omni doesn't."""
+"""All but q, k and v, which the VL models fuse and Omni does not."""
 
 
 class QwenVision(Family):
@@ -35,26 +36,40 @@ class QwenVision(Family):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
         self._layouts: VisionLayouts | None = None
+        self._image_patches: dict[Any, ImagePatches | None] = {}
+        self._video_patches: dict[Any, VideoPatches | None] = {}
 
     def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
+        if processor not in self._image_patches:
+            self._image_patches[processor] = ImagePatches.of(processor)
+        if (patches := self._image_patches[processor]) is not None:
+            pixels, grid = patches(image, options)
+            return _prepared({"pixel_values": pixels, **constants(processor)}, grid, processor)
         output = processor(images=[image], return_tensors="pt", **raw_options(processor), **options)
-        return _prepared(pack(output["pixel_values"], processor, still=True), output["image_grid_thw"], processor)
+        tensors = pack(output["pixel_values"], processor, still=True)
+        return _prepared(tensors, output["image_grid_thw"][0].tolist(), processor)
 
     def prepare_video(
         self, processor: Any, frames: npt.NDArray[np.uint8], metadata: Any, options: Mapping[str, Any]
     ) -> Prepared:
         frames, metadata = at_least(int(processor.temporal_patch_size), frames, metadata)
-        output = processor(
-            videos=[frames],
-            video_metadata=[metadata],
-            do_sample_frames=False,
-            input_data_format="channels_last",
-            return_tensors="pt",
-            **raw_options(processor),
-            **options,
-        )
-        tensors = pack(output["pixel_values_videos"], processor, still=False)
-        prepared = _prepared(tensors, output["video_grid_thw"], processor)
+        if processor not in self._video_patches:
+            self._video_patches[processor] = VideoPatches.of(processor)
+        if (patches := self._video_patches[processor]) is not None:
+            pixels, grid = patches(frames, options)
+            prepared = _prepared({"pixel_values": pixels, **constants(processor)}, grid, processor)
+        else:
+            output = processor(
+                videos=[frames],
+                video_metadata=[metadata],
+                do_sample_frames=False,
+                input_data_format="channels_last",
+                return_tensors="pt",
+                **raw_options(processor),
+                **options,
+            )
+            tensors = pack(output["pixel_values_videos"], processor, still=False)
+            prepared = _prepared(tensors, output["video_grid_thw"][0].tolist(), processor)
         prepared.extra.update(self.video_extra(metadata, int(processor.temporal_patch_size)))
         return prepared
 
@@ -87,13 +102,15 @@ class QwenVision(Family):
             return {}
         return {"second_per_grid_ts": temporal_patch / metadata.sampled_fps}
 
-    def see(self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device) -> list[torch.Tensor]:
+    def encode_vision(
+        self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
+    ) -> list[torch.Tensor]:
         """[tokens, dim] per image or video; DeepStack levels follow the main embedding along dim."""
         tower = vision_tower(model)
         if self._layouts is None:
             self._layouts = VisionLayouts(tower.config)
         grids: list[Grid] = [tuple(item["grid_thw"].tolist()) for item in items]
-        # prefixed, or transformers takes cu_seqlens for the language model's and drops it
+        # Prefixed: transformers would take a plain cu_seqlens for the language model's and drop the argument.
         layout = {f"{modality}_{name}": value for name, value in self._layouts.batch(grids, device).items()}
         pixels = unpack(items, tower.config, device, tower.dtype)
         grid_thw = torch.tensor(grids)  # on the CPU: only split sizes are taken from it
@@ -140,7 +157,7 @@ class QwenVL(QwenVision):
     def forward(
         self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device
     ) -> list[torch.Tensor]:
-        return self.see(model, modality, items, device)
+        return self.encode_vision(model, modality, items, device)
 
 
 def vision_tower(model: Any) -> Any:
@@ -172,10 +189,10 @@ def patch_timestamps(indices: Sequence[int], fps: float, temporal_patch: int) ->
     return [(times[i] + times[i + temporal_patch - 1]) / 2 for i in range(0, len(times), temporal_patch)]
 
 
-def _prepared(tensors: dict[str, torch.Tensor], grid_thw: torch.Tensor, processor: Any) -> Prepared:
-    t, h, w = (int(side) for side in grid_thw[0].tolist())
+def _prepared(tensors: dict[str, torch.Tensor], grid: Sequence[int], processor: Any) -> Prepared:
+    t, h, w = grid
     return Prepared(
-        tensors=tensors | {"grid_thw": grid_thw[0].to(torch.int64).contiguous()},
+        tensors=tensors | {"grid_thw": torch.tensor((t, h, w))},
         tokens=t * h * w // int(processor.merge_size) ** 2,
         cost=t * h * w,
         pairs=t * (h * w) ** 2,

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from encode_server.models.families.base import Family, Item
+from encode_server.models.families.base import Family, Item, stack
 from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
@@ -57,12 +57,6 @@ class Whisper(Family):
         )
 
 
-def stack(items: Sequence[Item], name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The items' tensors called `name`, all of one shape, as one batch."""
-    parts = [item[name].to(device, non_blocking=True) for item in items]
-    return (parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)).to(dtype)
-
-
 def pooled_length(frames: int) -> int:
     """Tokens of `frames` mel frames after the convolution and the pooling, each of stride 2: transformers'
     `_get_feat_extract_output_lengths`."""
@@ -75,10 +69,10 @@ def pad_to_one_token(samples: npt.NDArray[np.float32], extractor: Any) -> npt.ND
 
 
 def padded_length(count: int, extractor: Any) -> int:
-    """Samples to pad to (or cut at), so that frames of real sound come out as the extractor's own padding gives them.
+    """Samples to pad to (or cut at), so that frames of the audio come out as the extractor's own padding gives them.
 
-    That is to 30 or 300 s, up to half a second of work for each sound, of which all but the sound is dropped again. A
-    frame sees one window beyond the end; a second at least, because much shorter products round differently.
+    The extractor pads to 30 or 300 s: up to half a second of work for each audio, and the padding is dropped again. A
+    frame sees one window beyond the end. At least one second, because much shorter products round differently.
     """
     hop = int(extractor.hop_length)
     frames = max(-(-count // hop) + -(-int(extractor.n_fft) // hop), _LEAST_FRAMES)
