@@ -14,6 +14,7 @@ import soxr
 from encode_server.errors import BadMedia, TooLarge
 from encode_server.media.container import AUDIO_DECODERS, open_container, pick_stream
 from encode_server.media.guard import decoding
+from encode_server.media.layouts import refuse_listed, replace_listed
 from encode_server.media.limits import MediaLimits, Stopwatch
 
 Samples = npt.NDArray[np.float32]
@@ -61,7 +62,7 @@ def _soundfile_blocks(file: soundfile.SoundFile, limits: MediaLimits) -> Iterato
         # Some headers allow 1024 channels.
         frames = max(1, _BLOCK // file.channels)
         while len(block := file.read(frames, dtype="float32", always_2d=True)):
-            yield file.samplerate, block.mean(axis=1)
+            yield file.samplerate, _mono(block)
 
 
 def _pyav_blocks(data: bytes, limits: MediaLimits) -> Iterator[tuple[int, Samples]]:
@@ -69,13 +70,28 @@ def _pyav_blocks(data: bytes, limits: MediaLimits) -> Iterator[tuple[int, Sample
         stream = pick_stream(container, "audio", AUDIO_DECODERS)
         if stream.duration and stream.time_base and stream.duration * stream.time_base > limits.max_audio_seconds:
             raise TooLarge(f"the audio is longer than {limits.max_audio_seconds:g} s")
+        replace_listed(stream.codec_context)
         to_float: av.AudioResampler | None = None
         for frame in container.decode(stream):
+            refuse_listed(frame)
             if to_float is None:
                 # Rate and layout stay as they are: FFmpeg's own mixing is not the mean of the channels.
-                to_float = av.AudioResampler(format="fltp", layout=frame.layout, rate=frame.sample_rate)
+                # Packed samples are one plane. Of planar ones PyAV looks for the end of the planes behind their
+                # array where there are eight or more channels, and the process crashes.
+                to_float = av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate)
             for converted in to_float.resample(frame):
-                yield converted.sample_rate, converted.to_ndarray().mean(axis=0)
+                if converted.format.name != "flt":
+                    raise BadMedia("the sample format changes within the audio")
+                yield converted.sample_rate, _mono(converted.to_ndarray().reshape(-1, converted.layout.nb_channels))
+
+
+def _mono(block: Samples) -> Samples:
+    """The mean of the channels: float32 [samples] from float32 [samples, channels].
+
+    Summing whole channels is several times faster than summing each sample's few values.
+    """
+    mean: Samples = np.ascontiguousarray(block.T).mean(axis=0)
+    return mean
 
 
 def _resample(blocks: Iterator[tuple[int, Samples]], rate: int, limits: MediaLimits, watch: Stopwatch) -> Samples:

@@ -98,14 +98,20 @@ def sound_bytes(format: str = "WAV", subtype: str | None = "PCM_16", samples: np
     return out.getvalue()
 
 
-def container_sound_bytes(format: str, codec: str, rate: int = 48_000) -> bytes:
+def container_sound_bytes(
+    format: str, codec: str, rate: int = 48_000, *, layout: str = "stereo", samples: np.ndarray | None = None
+) -> bytes:
+    """`samples`, int16 [samples, channels] of this layout, or a stereo tone. Raises `av.error.FFmpegError` where the
+    encoder or the container doesn't take the layout."""
+    if samples is None:
+        samples = np.round(tone(rate=rate) * 32_767).astype(np.int16)
     out = io.BytesIO()
     with av.open(out, "w", format=format) as container:
-        stream = container.add_stream(codec, rate=rate, layout="stereo")
-        samples = np.ascontiguousarray(tone(rate=rate).T)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        # Packed: PyAV crashes on the planes of eight or more channels.
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=layout)
         frame.sample_rate = rate
-        for converted in av.AudioResampler(format=stream.format, layout="stereo", rate=rate).resample(frame):
+        for converted in av.AudioResampler(format=stream.format, layout=layout, rate=rate).resample(frame):
             container.mux(stream.encode(converted))
         container.mux(stream.encode())
     return out.getvalue()
