@@ -10,6 +10,7 @@ from typing import Any
 import av
 
 from encode_server.errors import BadMedia
+from encode_server.media.boxes import check_boxes
 from encode_server.media.limits import MediaLimits
 
 # Self-contained formats only: playlists (hls, dash, concat, sdp) make FFmpeg open other files and addresses.
@@ -38,13 +39,15 @@ AUDIO_DECODERS = frozenset(
 def open_container(data: bytes, limits: MediaLimits) -> Iterator[Any]:
     """Open `data` as an `av.container.InputContainer` of one of `FORMATS`; it is closed after the block.
 
-    Raises `av.error.FFmpegError` for anything else.
+    Raises `av.error.FFmpegError` for anything else, `TooLarge` or `BadMedia` for an MP4 or MOV file that declares more
+    than it may or can hold.
     """
+    check_boxes(data, limits)
     options = {
         "format_whitelist": ",".join(FORMATS),
         "codec_whitelist": ",".join(sorted(VIDEO_DECODERS | AUDIO_DECODERS)),
         "protocol_whitelist": "none",
-        "max_streams": "64",
+        "max_streams": "32",
         # Holds for the frames FFmpeg decodes while it probes, too.
         "max_pixels": str(limits.max_pixels),
     }
