@@ -15,11 +15,11 @@ import sys
 import time
 from pathlib import Path
 
-from encode_server.bench.media import jpeg
 from encode_server.bench.report import percentile
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec, RankGroup
 from encode_server.media.limits import MediaLimits
+from encode_server.media.unique import jpeg
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.demo import demo_path
 from encode_server.models.prepared import Prepared

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -43,6 +45,16 @@ def image_bytes(format: str, image: Image.Image | None = None, **options: object
     out = io.BytesIO()
     (image or picture()).save(out, format, **options)
     return out.getvalue()
+
+
+def png_header(width: int, height: int, body: bytes = b"") -> bytes:
+    """An RGB PNG of this size, whatever its compressed `body` holds."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def video_bytes(

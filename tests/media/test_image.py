@@ -13,7 +13,7 @@ from encode_server.errors import BadMedia, TooLarge
 from encode_server.media.image import decode_image
 from encode_server.media.limits import MediaLimits
 
-from .samples import IMAGE_FORMATS, image_bytes, picture
+from .samples import IMAGE_FORMATS, image_bytes, picture, png_header
 
 LIMITS = MediaLimits()
 
@@ -79,14 +79,6 @@ def test_postscript_never_reaches_an_interpreter() -> None:
     picture().save(out, "EPS")
     with pytest.raises(BadMedia):
         decode_image(out.getvalue(), LIMITS)
-
-
-def png_header(width: int, height: int, body: bytes = b"") -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 9_000), (2_000_000, 40)])
