@@ -1,6 +1,8 @@
 import base64
 import io
 import struct
+import subprocess
+import sys
 import time
 import zlib
 
@@ -10,12 +12,12 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from encode_server.errors import BadMedia, TooLarge
-from encode_server.media.image import decode_image
+from encode_server.media.image import FORMATS, SLOW_FORMATS, decode_image
 from encode_server.media.limits import MediaLimits
 
 from .samples import IMAGE_FORMATS, image_bytes, picture, png_header
 
-LIMITS = MediaLimits()
+LIMITS = MediaLimits(slow_formats=True)
 
 
 def same_as_transformers(data: bytes) -> bool:
@@ -111,6 +113,62 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     with pytest.raises(TooLarge, match="scans"):
         decode_image(data[:-2] + scan * 600 + b"\xff\xd9", LIMITS)
     assert time.thread_time() - start < 1
+
+
+def qoi(width: int, height: int) -> bytes:
+    return b"qoif" + struct.pack(">IIBB", width, height, 3, 0) + b"\xfeabc" * (width * height) + bytes(7) + b"\1"
+
+
+def bmp_of_runs() -> bytes:
+    """A BMP of 2 x 1 pixels in a palette, its only row one run."""
+    pixels = b"\2\1" + b"\0\1"
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 8, 1, len(pixels), 0, 0, 256, 0)
+    start = 14 + len(head) + 1024
+    return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + head + bytes(range(256)) * 4 + pixels
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *[image_bytes(format) for format in SLOW_FORMATS if format != "QOI"],
+        *[qoi(2, 2), b"P3\n1 1\n255\n1 2 3\n", b"P6 1 1 100\n\1\2\3", bmp_of_runs()],
+    ],
+    ids=[*[format for format in SLOW_FORMATS if format != "QOI"], "QOI", "PPM as text", "PPM of 100", "BMP of runs"],
+)
+def test_slow_formats_want_an_option(data: bytes) -> None:
+    with pytest.raises(BadMedia, match="--media-formats all"):
+        decode_image(data, MediaLimits())
+    assert same_as_transformers(data)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_common_formats_want_none(format: str) -> None:
+    decode_image(image_bytes(format), MediaLimits())
+
+
+def test_an_image_that_needs_no_conversion_is_held_once() -> None:
+    """In a process of its own: 16 million pixels take 64 MB, and every copy as much again."""
+    program = """
+import re, sys
+from pathlib import Path
+from encode_server.media.image import FORMATS, SLOW_FORMATS, decode_image
+from encode_server.media.limits import MediaLimits
+
+def most():
+    return int(re.search("VmHWM:[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1])
+
+data = sys.stdin.buffer.read()
+decode_image(data[: len(data) // 2], MediaLimits())
+before = most()
+image = decode_image(data[len(data) // 2 :], MediaLimits())
+print(most() - before)
+"""
+    large = image_bytes("BMP", Image.new("RGB", (4_000, 4_000)))
+    small = image_bytes("BMP").ljust(len(large), b"\0")
+    run = subprocess.run([sys.executable, "-c", program], input=small + large, capture_output=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    # The first half of the input, the copy of the second, and the pixels.
+    assert int(run.stdout) < 64_000 + len(large) // 1024 + 16_000
 
 
 def test_the_limits_are_the_caller_s() -> None:
