@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from io import BytesIO
 
@@ -31,7 +32,7 @@ def decode_audio(data: bytes, sampling_rate: int, limits: MediaLimits) -> Sample
     Channels are averaged; another rate is resampled by soxr (HQ). Its length is bounded by the header before the decode
     and by the samples themselves during it, so at most `limits.max_audio_seconds` are ever held.
 
-    Raises `BadMedia` for bytes that are no sound of a supported format, `TooLarge` beyond a limit.
+    Raises `BadMedia` for bytes that are no audio of a supported format, `TooLarge` beyond a limit.
     """
     limits.check_bytes(len(data))
     watch = Stopwatch(limits.decode_seconds)
@@ -44,16 +45,47 @@ def decode_audio(data: bytes, sampling_rate: int, limits: MediaLimits) -> Sample
         return samples
 
 
+def audio_bytes(data: bytes, sampling_rate: int, limits: MediaLimits) -> int:
+    """The most bytes that `decode_audio` holds beside `data`, from the header's length.
+
+    A header that tells none, or one of more than `limits.max_audio_seconds`, counts as that many seconds. The header of
+    an MP4 or Matroska file may tell too few; the limit bounds what such a file takes.
+
+    Raises `BadMedia` for bytes that are no audio of a supported format, `TooLarge` beyond a limit.
+    """
+    limits.check_bytes(len(data))
+    with decoding("audio"):
+        seconds = min(_declared_seconds(data, limits) or limits.max_audio_seconds, limits.max_audio_seconds)
+    # The resampled blocks, and the array that they are joined to.
+    return 2 * 4 * math.ceil(seconds * sampling_rate) + 4 * _BLOCK
+
+
+def _declared_seconds(data: bytes, limits: MediaLimits) -> float | None:
+    file = _open_soundfile(data)
+    if file is not None:
+        with file:
+            return float(file.frames / file.samplerate)
+    with open_container(data, limits) as container:
+        stream = pick_stream(container, "audio", AUDIO_DECODERS)
+        return float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
+
+
 def _blocks(data: bytes, limits: MediaLimits) -> Iterator[tuple[int, Samples]]:
     """Mono blocks, each with its rate (Hz), from whichever library knows the format."""
+    file = _open_soundfile(data)
+    return _pyav_blocks(data, limits) if file is None else _soundfile_blocks(file, limits)
+
+
+def _open_soundfile(data: bytes) -> soundfile.SoundFile | None:
+    """The file as libsndfile reads it, None for a format that is left to FFmpeg."""
     try:
         file = soundfile.SoundFile(BytesIO(data))
     except soundfile.LibsndfileError:
-        return _pyav_blocks(data, limits)
+        return None
     if file.format not in _SOUNDFILE_FORMATS:
         file.close()
-        return _pyav_blocks(data, limits)
-    return _soundfile_blocks(file, limits)
+        return None
+    return file
 
 
 def _soundfile_blocks(file: soundfile.SoundFile, limits: MediaLimits) -> Iterator[tuple[int, Samples]]:

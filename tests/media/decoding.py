@@ -48,3 +48,40 @@ def decode_apart(files: dict[str, bytes], rate: int, folder: Path) -> dict[str, 
 def _outcome(path: Path) -> np.ndarray | str:
     samples = path.with_suffix(".npy")
     return np.load(samples) if samples.exists() else path.with_suffix(".error").read_text()
+
+
+_MEASURE = """
+import re, sys
+from pathlib import Path
+from encode_server.media.audio import decode_audio
+from encode_server.media.image import decode_image
+from encode_server.media.limits import MediaLimits
+from encode_server.media.video import decode_video
+
+def kilobytes(field):
+    return int(re.search(field + ":[^0-9]*([0-9]+)", Path("/proc/self/status").read_text())[1])
+
+decoders = {
+    "image": lambda data: decode_image(data, MediaLimits(slow_formats=True)),
+    "video": lambda data: decode_video(data, lambda info: range(info.total_num_frames), MediaLimits())[0],
+    "audio": lambda data: decode_audio(data, 16_000, MediaLimits()),
+}
+decode = decoders[sys.argv[1]]
+small, large = (Path(path).read_bytes() for path in sys.argv[2:])
+decode(small)  # what libraries hold for good
+before = kilobytes("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # begins a new maximum
+decoded = decode(large)
+print(kilobytes("VmHWM") - before)
+"""
+
+
+def memory_apart(modality: str, small: bytes, large: bytes, folder: Path) -> int:
+    """The most bytes that a process holds while it decodes `large`, beside the file, after it has decoded `small`."""
+    paths = [folder / "small", folder / "large"]
+    for path, data in zip(paths, (small, large), strict=True):
+        path.write_bytes(data)
+    command = [sys.executable, "-c", _MEASURE, modality, *map(str, paths)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return 1024 * int(run.stdout)
