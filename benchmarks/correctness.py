@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.floors import load_plain_model
 from benchmarks.towers import Tower, write_checkpoint
-from encode_server.bench.media import jpeg
 from encode_server.media.limits import MediaLimits
+from encode_server.media.unique import jpeg
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES, load_encoder
 from encode_server.models.preprocess import Preprocessor

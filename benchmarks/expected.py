@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load as load_safetensors
 
-from encode_server.bench.media import UniqueMedia
 from encode_server.bench.report import Result
 from encode_server.media.limits import MediaLimits
+from encode_server.media.unique import UniqueMedia
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import load_encoder
 from encode_server.models.preprocess import Preprocessor

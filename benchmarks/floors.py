@@ -19,13 +19,13 @@ import torch
 import transformers
 from PIL import Image
 
-from encode_server.bench.media import UniqueMedia
 from encode_server.bench.source import PICTURES, pool
 from encode_server.engine.rank import SMALL_BATCH
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError
 from encode_server.media.audio import decode_audio
 from encode_server.media.limits import MediaLimits
+from encode_server.media.unique import UniqueMedia
 from encode_server.media.video import decode_video
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES, load_encoder

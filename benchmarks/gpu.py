@@ -29,9 +29,9 @@ from benchmarks.processes import ServerProcess, server
 from benchmarks.service import measure_ours
 from benchmarks.towers import FULL_SIZE, SMALL, TINY, Tower, write_checkpoint
 from encode_server.bench.load import Load
-from encode_server.bench.media import jpeg
 from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
+from encode_server.media.unique import jpeg
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES
 from encode_server.models.preprocess import Preprocessor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import itertools
 import os
 import random
@@ -12,22 +11,13 @@ from collections import Counter
 from collections.abc import Awaitable
 
 import httpx
-import numpy as np
 import zmq
 import zmq.asyncio
-from PIL import Image
 
 from benchmarks.procfs import children
+from encode_server.media.samples import noise
 
 POISON = {"kill": (364, 28), "error": (448, 28), "hang": (392, 28)}  # see benchmarks/faults
-
-
-def picture(width: int, height: int, seed: int) -> bytes:
-    """A PNG of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
 
 
 def _client() -> httpx.AsyncClient:
@@ -57,7 +47,7 @@ class Monkeys:
                     os.kill(self._random.choice(children(self._front)), disaster)
                     self.counts[f"ranks hit by {disaster.name}"] += 1
                 else:
-                    media = picture(*POISON[disaster], seed=self._random.randrange(1 << 30))
+                    media = noise(*POISON[disaster], seed=self._random.randrange(1 << 30))
                     await self._expect(client, f"poison ({disaster})", media, {500, 503, 504}, {})
 
     async def garbage(self, every_s: float) -> None:
@@ -65,7 +55,7 @@ class Monkeys:
         async with _client() as client:
             while True:
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
-                whole = picture(64, 64, 1)
+                whole = noise(64, 64, 1)
                 media = self._random.choice([whole[: len(whole) // 2], self._random.randbytes(500), b"\0"])
                 await self._expect(client, "undecodable media", media, {400, 429, 503}, {})
 
@@ -101,7 +91,7 @@ class Monkeys:
                 socket = context.socket(zmq.PULL)
                 port = socket.bind_to_random_port("tcp://127.0.0.1")
                 push = {"prefill_host": "127.0.0.1", "embedding_port": str(port)}
-                media = picture(112, 112, self._random.randrange(1 << 30))
+                media = noise(112, 112, self._random.randrange(1 << 30))
                 sending = asyncio.create_task(self._expect(client, "push", media, {200, 429, 502, 503, 504}, push))
                 if self._random.random() < 0.5:
                     await asyncio.sleep(self._random.uniform(0, 0.1))
@@ -115,7 +105,7 @@ class Monkeys:
         while True:
             await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
             async with _client() as client:
-                media = picture(448, 448, self._random.randrange(1 << 30))
+                media = noise(448, 448, self._random.randrange(1 << 30))
                 files = {"file": ("p.png", media)}
                 asking = asyncio.create_task(
                     client.post(self._url + "/encode", data={"modality": "image"}, files=files)

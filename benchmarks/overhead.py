@@ -15,16 +15,17 @@ import sys
 import time
 from pathlib import Path
 
-from encode_server.bench.media import jpeg
+from encode_server.pipeline.work import Placement, room_for
+
 from encode_server.bench.report import percentile
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec, RankGroup
 from encode_server.media.limits import MediaLimits
+from encode_server.media.unique import jpeg
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.demo import demo_path
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
-from encode_server.pipeline.work import Placement, room_for
 from encode_server.wire.modality import Modality
 
 

@@ -115,6 +115,9 @@ class Settings(BaseSettings):
         "`off`; `public` keeps the public internet beside them",
     )
     media_roots: CommaList = Field((), description="directories below which file:// media is read; empty: none")
+    media_formats: Literal["common", "all"] = Field(
+        "common", description="image formats that are decoded; all: also those that are slow or rare"
+    )
     max_media_mb: int = Field(64, ge=1, description="largest media item as sent or downloaded")
     max_pixels: int = Field(64_000_000, ge=1, description="most pixels of an image or a video frame, before decoding")
     max_frames: int = Field(36_000, ge=1, description="most frames in one video, before sampling")

@@ -7,9 +7,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from encode_server.bench import media
-from encode_server.bench.media import UniqueMedia
 from encode_server.errors import StartupError
+from encode_server.media import unique
+from encode_server.media.unique import UniqueMedia
 from encode_server.wire.modality import Modality
 
 PICTURES = 8  # of each size: enough that no decoder profits from having just seen the same bits
@@ -45,11 +45,11 @@ def request_of(copies: Sequence[UniqueMedia], *, key: str, kind: str | None = No
 def pool(what: str, seed: int = 0, count: int = PICTURES) -> list[UniqueMedia]:
     """The media called `what`: a number (`count` square JPEGs of that side in pixels), `video` or `audio`."""
     if what == Modality.VIDEO:
-        return [media.mp4()]
+        return [unique.mp4()]
     if what == Modality.AUDIO:
-        return [media.wav()]
+        return [unique.wav()]
     if what.isdigit() and 1 <= int(what) <= 16384:
-        return [media.jpeg(int(what), int(what), seed * PICTURES + index) for index in range(count)]
+        return [unique.jpeg(int(what), int(what), seed * PICTURES + index) for index in range(count)]
     raise StartupError(f"{what!r} is no medium to send: takes video, audio or the side of a picture in pixels")
 
 

@@ -1,10 +1,18 @@
-"""A picture, a clip and a sound made on the spot, the same each time: something to encode where no file is at hand."""
+"""Media made on the spot, the same each time: something to encode where no file is at hand.
+
+The demo's image, video and audio, tiny media for the health probe, and images of noise. Only what needs a library
+imports it: a process without Pillow and PyAV can still make the probe's media.
+"""
 
 from __future__ import annotations
 
 import io
 import math
+import struct
 import wave
+import zlib
+
+from encode_server.wire.modality import Modality
 
 PICTURE_SIZE = (448, 336)
 CLIP_SIZE = (224, 168)
@@ -12,6 +20,9 @@ CLIP_SECONDS = 2
 CLIP_FPS = 12
 SOUND_SECONDS = 1.5
 SOUND_RATE = 16000
+
+_PROBE_SIDE = 32
+_PROBE_FRAMES = 4
 
 
 def picture() -> bytes:
@@ -77,3 +88,58 @@ def sound() -> bytes:
         file.setframerate(SOUND_RATE)
         file.writeframes(samples.tobytes())
     return out.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> bytes:
+    """A PNG of random RGB pixels: nothing about a pixel can be guessed from its neighbour."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def probe_media(modality: Modality) -> bytes:
+    """Tiny media for a health probe and for warming up, made by the standard library alone.
+
+    A PNG of 32 x 32 pixels, a silent WAV of 0.01 s (16 kHz, mono), or a GIF of four frames of 32 x 32 pixels, 10 frames
+    per second.
+    """
+    return {Modality.IMAGE: _probe_image, Modality.AUDIO: _probe_audio, Modality.VIDEO: _probe_video}[modality]()
+
+
+def _probe_image() -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    side = _PROBE_SIDE
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB
+    rows = b"".join(b"\0" + bytes([7 * y] * 3 * side) for y in range(side))  # no filter
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def _probe_audio() -> bytes:
+    out = io.BytesIO()
+    with wave.open(out, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SOUND_RATE)
+        file.writeframes(bytes(2 * SOUND_RATE // 100))
+    return out.getvalue()
+
+
+def _probe_video() -> bytes:
+    """Each frame is a ramp of 128 greys that begins further along than the last: equal frames could be merged."""
+    side = _PROBE_SIDE
+    greys = b"".join(bytes([2 * grey] * 3) for grey in range(128))
+    frames = b""
+    for number in range(_PROBE_FRAMES):
+        pixels = bytes((4 * y + 32 * number) % 128 for y in range(side) for _ in range(side))
+        # Codes of 8 bits, one for each pixel. The code 128 empties the dictionary before codes grow to 9 bits.
+        codes = b"".join(b"\x80" + pixels[at : at + 64] for at in range(0, len(pixels), 64)) + b"\x81"
+        blocks = b"".join(bytes([len(codes[at : at + 255])]) + codes[at : at + 255] for at in range(0, len(codes), 255))
+        frames += struct.pack("<4sHBB", b"!\xf9\x04\0", 10, 0, 0)  # shown for 10 hundredths of a second
+        frames += struct.pack("<cHHHHBB", b",", 0, 0, side, side, 0, 7) + blocks + b"\0"
+    return b"GIF89a" + struct.pack("<HHBBB", side, side, 0xF6, 0, 0) + greys + frames + b";"

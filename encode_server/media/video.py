@@ -14,10 +14,13 @@ from encode_server.media.container import VIDEO_DECODERS, open_container, pick_s
 from encode_server.media.guard import decoding
 from encode_server.media.limits import MediaLimits, Stopwatch
 
+# A decoder's reference frames (up to 16 of H.264, 1.5 bytes a pixel) and the frame that is converted to RGB, twice.
+_DECODER_BYTES_PER_PIXEL = 32
+
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before its frames are chosen.
+    """What is known about a video before its frames are chosen.
 
     `total_num_frames`: frames that a full decode gives. `fps`: average frames per second. `duration`: seconds.
     `width`, `height`: pixels of a frame as displayed, that is, after rotation.
@@ -28,6 +31,11 @@ class VideoInfo:
     duration: float
     width: int
     height: int
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of a decoded frame."""
+        return self.width * self.height * 3
 
 
 def decode_video(
@@ -57,11 +65,28 @@ def decode_video(
             return frames, info
         if total == 0:
             raise BadMedia("the video holds no frame")
+        del frames  # before as many again are decoded
         info = replace(info, total_num_frames=total)
 
 
+def video_bytes(data: bytes, most_frames: int | None, limits: MediaLimits) -> int:
+    """The most bytes that `decode_video` holds beside `data` for up to `most_frames` frames (None: any number).
+
+    The header tells the size of a frame and, in some formats, the number of frames. The true figure is known as soon as
+    `choose` is called: the indices that it returns times `VideoInfo.frame_bytes`.
+
+    Raises what `decode_video` raises for the same header.
+    """
+    limits.check_bytes(len(data))
+    with decoding("video"), open_container(data, limits) as container:
+        stream = _open_stream(container, limits)
+        pixels: int = stream.codec_context.width * stream.codec_context.height
+        frames: int = min(stream.frames or limits.max_frames, most_frames or limits.max_frames, limits.max_frames)
+    return min(frames * pixels * 3, limits.max_decoded_bytes) + pixels * _DECODER_BYTES_PER_PIXEL
+
+
 def _inspect(data: bytes, limits: MediaLimits, watch: Stopwatch) -> VideoInfo:
-    """Read every packet, but decode the first frame only: the header's size and rotation aren't to be trusted."""
+    """Read every packet, but decode the first frame only: a header's size and rotation can be wrong."""
     first: Any = None
     packets = 0
     start = end = None
@@ -121,8 +146,9 @@ def _open_stream(container: Any, limits: MediaLimits) -> Any:
     limits.check_pixels(context.width, context.height)
     # A stream may change its size on the way; the decoder refuses what the header didn't announce.
     context.options = {"max_pixels": str(limits.max_pixels)}
-    # The pool decodes many videos beside each other. And should any library have set PyAV's log level, FFmpeg's own
-    # threads would wait for the interpreter lock to log, while its holder waits for them.
+    # Many videos are decoded concurrently, so a decoder needs no threads of its own. Such threads could also deadlock:
+    # where a library has set PyAV's log level, they wait for the interpreter lock in order to log, while the thread
+    # that holds the lock waits for them.
     context.thread_count = 1
     return stream
 
@@ -131,7 +157,7 @@ def _to_rgb(frame: Any, info: VideoInfo) -> npt.NDArray[np.uint8]:
     pixels: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
     pixels = np.rot90(pixels, _quarter_turns(frame))
     if pixels.shape != (info.height, info.width, 3):
-        raise BadMedia("the size of the picture changes within the video")
+        raise BadMedia("the size of the frames changes within the video")
     return pixels
 
 
@@ -151,7 +177,7 @@ def _checked(indices: Sequence[int], info: VideoInfo, limits: MediaLimits) -> li
     chosen = [int(index) for index in indices]
     if not chosen or min(chosen) < 0 or max(chosen) >= info.total_num_frames:
         raise ValueError(f"expected frame indices below {info.total_num_frames}, got {chosen[:8]}")
-    size = len(chosen) * info.width * info.height * 3
+    size = len(chosen) * info.frame_bytes
     if size > limits.max_decoded_bytes:
         raise TooLarge(
             f"{len(chosen)} frames of {info.width} x {info.height} pixels take {size} bytes, "

@@ -36,7 +36,7 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
             itself quantised, or a `tp` that does not divide the attention heads. The message is one line for the
             operator.
     """
-    from encode_server.models.probes import probe_media
+    from encode_server.media.samples import probe_media
 
     model, revision, tp = arguments
     checkpoint = resolve(model, revision)

@@ -9,11 +9,11 @@ from typing import Any
 
 from encode_server.errors import BadMedia, BadRequest, StartupError, TooLarge, UnsupportedModality, first_line
 from encode_server.media.limits import MediaLimits
+from encode_server.media.samples import probe_media
 from encode_server.media.video import VideoInfo
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families import family_of
 from encode_server.models.prepared import Prepared
-from encode_server.models.probes import probe_media
 from encode_server.models.registry import check_supported
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
@@ -69,7 +69,7 @@ class Preprocessor:
         return self._family.split(prepared, max_cost)
 
     def probe(self, modality: Modality) -> bytes:
-        """Tiny valid media for a health probe (`probes.probe_media`); every family makes at least one token of it."""
+        """Tiny valid media for a health probe (`samples.probe_media`); every family makes at least one token of it."""
         return probe_media(modality)
 
     def _image(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:

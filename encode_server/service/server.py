@@ -416,4 +416,5 @@ def media_limits(settings: Settings) -> MediaLimits:
         max_audio_seconds=settings.max_audio_s,
         decode_seconds=settings.decode_s,
         fetch_seconds=settings.fetch_s,
+        slow_formats=settings.media_formats == "all",
     )

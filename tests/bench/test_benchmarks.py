@@ -14,9 +14,9 @@ from benchmarks import correctness, gpu, serving, small, tables
 from benchmarks.prometheus import Look
 from benchmarks.towers import FULL_SIZE, TINY, write_checkpoint
 from encode_server.bench.load import Load
-from encode_server.bench.media import jpeg
 from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
+from encode_server.media.unique import jpeg
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.preprocess import Preprocessor
 from encode_server.wire.modality import Modality

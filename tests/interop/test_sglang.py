@@ -6,7 +6,6 @@ takes some ten minutes on two cores. It prints the table of docs/interop.md.
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from PIL import Image
 
 from encode_server.media import samples as demo_media
 from tests.interop.engines import HERE, Engine, Prefill, image, our_encoder, sglang_encoder, video
+from tests.media.samples import image_bytes, picture
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(3600)]
 
@@ -28,10 +26,7 @@ TOLERANCE = 1e-3
 
 
 def png(seed: int, width: int = 112, height: int = 112) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (14, 14, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(out, "PNG")
-    return out.getvalue()
+    return image_bytes("PNG", picture(width, height, seed))
 
 
 QUESTIONS = {

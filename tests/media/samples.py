@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from fractions import Fraction
 
 import av
@@ -43,6 +45,16 @@ def image_bytes(format: str, image: Image.Image | None = None, **options: object
     out = io.BytesIO()
     (image or picture()).save(out, format, **options)
     return out.getvalue()
+
+
+def png_header(width: int, height: int, body: bytes = b"") -> bytes:
+    """An RGB PNG of this size, whatever its compressed `body` holds."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
 def video_bytes(
@@ -98,14 +110,20 @@ def sound_bytes(format: str = "WAV", subtype: str | None = "PCM_16", samples: np
     return out.getvalue()
 
 
-def container_sound_bytes(format: str, codec: str, rate: int = 48_000) -> bytes:
+def container_sound_bytes(
+    format: str, codec: str, rate: int = 48_000, *, layout: str = "stereo", samples: np.ndarray | None = None
+) -> bytes:
+    """`samples`, int16 [samples, channels] of this layout, or a stereo tone. Raises `av.error.FFmpegError` where the
+    encoder or the container doesn't take the layout."""
+    if samples is None:
+        samples = np.round(tone(rate=rate) * 32_767).astype(np.int16)
     out = io.BytesIO()
     with av.open(out, "w", format=format) as container:
-        stream = container.add_stream(codec, rate=rate, layout="stereo")
-        samples = np.ascontiguousarray(tone(rate=rate).T)
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        # Packed: PyAV crashes on the planes of eight or more channels.
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=layout)
         frame.sample_rate = rate
-        for converted in av.AudioResampler(format=stream.format, layout="stereo", rate=rate).resample(frame):
+        for converted in av.AudioResampler(format=stream.format, layout=layout, rate=rate).resample(frame):
             container.mux(stream.encode(converted))
         container.mux(stream.encode())
     return out.getvalue()

@@ -31,7 +31,12 @@ from .samples import (
 )
 
 LIMITS = MediaLimits(
-    max_pixels=1 << 20, max_frames=200, max_audio_seconds=60, max_decoded_bytes=1 << 26, decode_seconds=2
+    max_pixels=1 << 20,
+    max_frames=200,
+    max_audio_seconds=60,
+    max_decoded_bytes=1 << 26,
+    decode_seconds=2,
+    slow_formats=True,
 )
 # Chosen so that the whole file stays well below half a minute on a busy machine.
 SECONDS_PER_SAMPLE = 0.25

@@ -10,12 +10,12 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from encode_server.errors import BadMedia, TooLarge
-from encode_server.media.image import decode_image
+from encode_server.media.image import FORMATS, SLOW_FORMATS, decode_image
 from encode_server.media.limits import MediaLimits
 
-from .samples import IMAGE_FORMATS, image_bytes, picture
+from .samples import IMAGE_FORMATS, image_bytes, picture, png_header
 
-LIMITS = MediaLimits()
+LIMITS = MediaLimits(slow_formats=True)
 
 
 def same_as_transformers(data: bytes) -> bool:
@@ -81,14 +81,6 @@ def test_postscript_never_reaches_an_interpreter() -> None:
         decode_image(out.getvalue(), LIMITS)
 
 
-def png_header(width: int, height: int, body: bytes = b"") -> bytes:
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("size", [(30_000, 30_000), (9_000, 9_000), (2_000_000, 40)])
 def test_a_bomb_is_refused_before_it_is_decoded(size: tuple[int, int]) -> None:
     start = time.thread_time()
@@ -119,6 +111,37 @@ def test_a_jpeg_of_endless_scans_is_refused() -> None:
     with pytest.raises(TooLarge, match="scans"):
         decode_image(data[:-2] + scan * 600 + b"\xff\xd9", LIMITS)
     assert time.thread_time() - start < 1
+
+
+def qoi(width: int, height: int) -> bytes:
+    return b"qoif" + struct.pack(">IIBB", width, height, 3, 0) + b"\xfeabc" * (width * height) + bytes(7) + b"\1"
+
+
+def bmp_of_runs() -> bytes:
+    """A BMP of 2 x 1 pixels in a palette, its only row one run."""
+    pixels = b"\2\1" + b"\0\1"
+    head = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 8, 1, len(pixels), 0, 0, 256, 0)
+    start = 14 + len(head) + 1024
+    return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + head + bytes(range(256)) * 4 + pixels
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *[image_bytes(format) for format in SLOW_FORMATS if format != "QOI"],
+        *[qoi(2, 2), b"P3\n1 1\n255\n1 2 3\n", b"P6 1 1 100\n\1\2\3", bmp_of_runs()],
+    ],
+    ids=[*[format for format in SLOW_FORMATS if format != "QOI"], "QOI", "PPM as text", "PPM of 100", "BMP of runs"],
+)
+def test_slow_formats_want_an_option(data: bytes) -> None:
+    with pytest.raises(BadMedia, match="--media-formats all"):
+        decode_image(data, MediaLimits())
+    assert same_as_transformers(data)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_common_formats_want_none(format: str) -> None:
+    decode_image(image_bytes(format), MediaLimits())
 
 
 def test_the_limits_are_the_caller_s() -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
-import numpy as np
 import pytest
-from PIL import Image
 
+from encode_server.media.samples import noise
 from encode_server.models.demo import write_demo
 from tests.live import LiveServer
 
@@ -42,11 +39,4 @@ def tp2(checkpoint, tmp_path_factory):
 @pytest.fixture(scope="session")
 def picture():
     """PNG bytes of a random picture: `picture(width, height, seed)`."""
-
-    def make(width: int, height: int, seed: int = 0) -> bytes:
-        pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-        out = io.BytesIO()
-        Image.fromarray(pixels).save(out, "PNG")
-        return out.getvalue()
-
-    return make
+    return noise

@@ -1,7 +1,6 @@
 """What should not get in does not, and no input makes the server answer with an error it did not mean."""
 
 import base64
-import io
 import json
 import random
 import shutil
@@ -17,6 +16,7 @@ from PIL import Image
 
 from encode_server.media import samples as demo_media
 from tests.live import LiveServer, eventually
+from tests.media.samples import image_bytes, picture
 
 OPENSSL = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -keyout key.pem -out cert.pem".split()  # noqa: SIM905
 MEANT = {200, 400, 403, 405, 406, 409, 411, 413, 415, 422, 429, 502, 503, 504}
@@ -80,13 +80,7 @@ def mutations(count: int, seed: int):
     """Real files, cut, flipped, spliced and padded."""
     rng = random.Random(seed)
     files = {"image": [demo_media.picture()], "video": [demo_media.clip()], "audio": [demo_media.sound()]}
-    out = io.BytesIO()
-    from PIL import Image
-
-    for kind in ("JPEG", "GIF", "WEBP", "BMP", "TIFF"):
-        out = io.BytesIO()
-        Image.open(io.BytesIO(demo_media.picture())).convert("RGB").resize((64, 48)).save(out, kind)
-        files["image"].append(out.getvalue())
+    files["image"] += [image_bytes(kind, picture(64, 48)) for kind in ("JPEG", "GIF", "WEBP", "BMP", "TIFF")]
     for _ in range(count):
         modality = rng.choices(["image", "video", "audio"], [8, 1, 1])[0]
         data = bytearray(rng.choice(files[modality]))
@@ -110,9 +104,8 @@ def mutations(count: int, seed: int):
 
 def test_a_client_that_never_reads_its_answer_is_left(locked):
     """Twenty times the same large picture: an answer of 20 MB, which no socket holds."""
-    out = io.BytesIO()
-    Image.new("RGB", (980, 980), "teal").save(out, "PNG")
-    body = json.dumps({"modality": "image", "mm_items": [base64.b64encode(out.getvalue()).decode()] * 20}).encode()
+    large = image_bytes("PNG", Image.new("RGB", (980, 980), "teal"))
+    body = json.dumps({"modality": "image", "mm_items": [base64.b64encode(large).decode()] * 20}).encode()
     live, _ = locked
     lines = ("POST /encode HTTP/1.1", "Host: x", "Authorization: Bearer first-key", f"Content-Length: {len(body)}")
     host, port = live.base_url.removeprefix("https://").split(":")

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import gzip
-import io
 import json
 import re
 import time
@@ -12,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
 
 from encode_server.media import samples as demo_media
 from encode_server.pipeline.request import MediaItem
@@ -47,10 +45,7 @@ def rank():
 
 
 def png(seed: int = 0, size: int = 56) -> bytes:
-    out = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(out, "PNG")
-    return out.getvalue()
+    return demo_media.noise(size, size, seed)
 
 
 def data_uri(data: bytes, kind: str = "image/png") -> str:

@@ -7,8 +7,9 @@ import base64
 import numpy as np
 import pytest
 
-from encode_server.bench import media, source
+from encode_server.bench import source
 from encode_server.errors import StartupError
+from encode_server.media import unique
 from encode_server.media.audio import decode_audio
 from encode_server.media.image import decode_image
 from encode_server.media.limits import MediaLimits
@@ -23,7 +24,7 @@ def decoded(medium, data):
     return decode_audio(data, 16_000, MediaLimits())
 
 
-@pytest.mark.parametrize("make", [lambda: media.jpeg(97, 61), media.mp4, media.wav], ids=["jpeg", "mp4", "wav"])
+@pytest.mark.parametrize("make", [lambda: unique.jpeg(97, 61), unique.mp4, unique.wav], ids=["jpeg", "mp4", "wav"])
 def test_copies_differ_in_bytes_and_not_in_content(make):
     medium = make()
     first, second = medium.copy(), medium.copy()
@@ -32,14 +33,14 @@ def test_copies_differ_in_bytes_and_not_in_content(make):
     assert np.array_equal(decoded(medium, first), decoded(medium, second))
 
 
-@pytest.mark.parametrize("make", [lambda: media.jpeg(64, 64), media.mp4, media.wav], ids=["jpeg", "mp4", "wav"])
+@pytest.mark.parametrize("make", [lambda: unique.jpeg(64, 64), unique.mp4, unique.wav], ids=["jpeg", "mp4", "wav"])
 def test_a_data_uri_holds_the_next_copy(make):
     uri, file = b"".join(make().data_uri()), make().copy()
     assert base64.b64decode(uri.partition(b",")[2], validate=True) == file
 
 
 def test_pictures_are_seeded_and_differ():
-    first, again, other = media.jpeg(64, 64, 1), media.jpeg(64, 64, 1), media.jpeg(64, 64, 2)
+    first, again, other = unique.jpeg(64, 64, 1), unique.jpeg(64, 64, 1), unique.jpeg(64, 64, 2)
     assert first.tail == again.tail != other.tail
 
 
