@@ -1,1 +1,1 @@
-"""Media: where they come from (data URIs, base64, http(s), files) and how they are decoded, all of it within limits."""
+"""Images, videos and audio: fetched (data URIs, base64, http(s), files) and decoded, both within limits."""

@@ -1,4 +1,4 @@
-"""Which IP addresses are on the public internet, whatever notation or tunnel they are wrapped in."""
+"""Which IP addresses belong to the public internet, in any notation and behind any tunnel."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-# IANA's special-purpose registries, written out because `is_global` differs between Python releases. Last in each:
-# cloud metadata services at addresses that look ordinary.
+# IANA's special-purpose registries, written out because `is_global` differs between Python releases. The last
+# entries of each are metadata services of clouds at addresses that look ordinary.
 _V4_SPECIAL = (
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
     *("192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24"),

@@ -29,8 +29,8 @@ _RATES = (1_000, 768_000)
 def decode_audio(data: bytes, sampling_rate: int, limits: MediaLimits) -> Samples:
     """Decode `data` to mono at `sampling_rate` (Hz): float32 [samples], nominally within [-1, 1].
 
-    Channels are averaged; another rate is resampled by soxr (HQ). Its length is bounded by the header before the decode
-    and by the samples themselves during it, so at most `limits.max_audio_seconds` are ever held.
+    The channels are averaged. Audio of another rate is resampled by soxr (HQ). The header's length is checked before
+    the decode and the number of samples during it, so at most `limits.max_audio_seconds` are held at any time.
 
     Raises `BadMedia` for bytes that are no audio of a supported format, `TooLarge` beyond a limit.
     """
@@ -39,17 +39,17 @@ def decode_audio(data: bytes, sampling_rate: int, limits: MediaLimits) -> Sample
     with decoding("audio"):
         samples = _resample(_blocks(data, limits), sampling_rate, limits, watch)
         if not samples.size:
-            raise BadMedia("the audio holds no sample")
+            raise BadMedia("the audio has no samples")
         if not np.isfinite(samples).all():
-            raise BadMedia("the audio holds samples that are no finite number")
+            raise BadMedia("the audio has samples that are not finite numbers")
         return samples
 
 
 def audio_bytes(data: bytes, sampling_rate: int, limits: MediaLimits) -> int:
     """The most bytes that `decode_audio` holds beside `data`, from the header's length.
 
-    A header that tells none, or one of more than `limits.max_audio_seconds`, counts as that many seconds. The header of
-    an MP4 or Matroska file may tell too few; the limit bounds what such a file takes.
+    Audio whose header has no length counts as `limits.max_audio_seconds` long. The header of an MP4 or Matroska file
+    may tell too short a length; `limits` bounds what such a file takes.
 
     Raises `BadMedia` for bytes that are no audio of a supported format, `TooLarge` beyond a limit.
     """
@@ -71,7 +71,7 @@ def _declared_seconds(data: bytes, limits: MediaLimits) -> float | None:
 
 
 def _blocks(data: bytes, limits: MediaLimits) -> Iterator[tuple[int, Samples]]:
-    """Mono blocks, each with its rate (Hz), from whichever library knows the format."""
+    """Mono blocks, each with its rate (Hz), decoded by libsndfile if that library knows the format, else by FFmpeg."""
     file = _open_soundfile(data)
     return _pyav_blocks(data, limits) if file is None else _soundfile_blocks(file, limits)
 
@@ -108,8 +108,8 @@ def _pyav_blocks(data: bytes, limits: MediaLimits) -> Iterator[tuple[int, Sample
             refuse_listed(frame)
             if to_float is None:
                 # Rate and layout stay as they are: FFmpeg's own mixing is not the mean of the channels.
-                # Packed samples are one plane. Of planar ones PyAV looks for the end of the planes behind their
-                # array where there are eight or more channels, and the process crashes.
+                # Packed samples have one plane. Planar samples have one for each channel, and with eight or more
+                # channels PyAV reads past the array of planes, which crashes the process.
                 to_float = av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate)
             for converted in to_float.resample(frame):
                 if converted.format.name != "flt":

@@ -1,8 +1,8 @@
 """What an MP4 or MOV file declares, checked before FFmpeg believes it.
 
-FFmpeg builds an index of every sample while it opens a file, 24 to 40 bytes for each. A sample table need not hold
-anything for each sample: a file of 600 bytes may declare a hundred million samples of one size, and opening that file
-takes gigabytes. The walk below reads the boxes as FFmpeg reads them and refuses a file that declares more than it could
+While FFmpeg opens a file, FFmpeg builds an index with 24 to 40 bytes for each sample. The file itself may have no bytes
+for each sample: 600 bytes can declare a hundred million samples of one size, and opening such a file takes gigabytes.
+The walk below reads the boxes as FFmpeg reads them and refuses a file that declares more than it could
 hold, or more than media within the limits would need.
 """
 
@@ -32,11 +32,11 @@ _TABLES = (*_COUNTED, b"stsz", b"stz2", b"trun", b"saiz", b"cmov")
 _DEPTH = 10
 # Boxes in one file. A file in fragments of one frame has about eight for each frame.
 _BOXES = 500_000
-# Tracks in one file. Broadcasters send up to sixteen of audio beside the video.
+# Tracks in one file. Broadcasters send up to sixteen audio tracks beside the video.
 _TRACKS = 32
 # Samples a second of all tracks together: the shortest frames of audio take 2.5 ms.
 _SAMPLES_PER_SECOND = 1000
-# Editing a track gives each edit an index of its own.
+# Index entries of all edits, as a multiple of the samples allowed: FFmpeg indexes the samples of each edit anew.
 _EDITED = 4
 
 
@@ -51,7 +51,7 @@ class _Track:
 
     @property
     def indexed(self) -> int:
-        """Entries of FFmpeg's index. Audio of one sample per time unit, which is PCM, has one for 1024 samples."""
+        """Entries of FFmpeg's index. PCM, audio of one sample per time unit, has an entry for 1024 samples."""
         pcm = self.handlers == {b"soun"} and len(self.timing) == 1 and self.timing[0][1] == 1
         return self.samples // 1024 if pcm else self.samples
 

@@ -1,4 +1,4 @@
-"""Opening video and audio containers with PyAV, so that hostile bytes reach nothing but the decoders named here."""
+"""Opens video and audio containers with PyAV, limited to the formats and decoders named here."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ AUDIO_DECODERS = frozenset(
 def open_container(data: bytes, limits: MediaLimits) -> Iterator[Any]:
     """Open `data` as an `av.container.InputContainer` of one of `FORMATS`; it is closed after the block.
 
-    Raises `av.error.FFmpegError` for anything else, `TooLarge` or `BadMedia` for an MP4 or MOV file that declares more
-    than it may or can hold.
+    Raises `av.error.FFmpegError` for any other format, `TooLarge` or `BadMedia` for an MP4 or MOV file that declares
+    more than it may or can hold.
     """
     check_boxes(data, limits)
     options = {
@@ -48,23 +48,23 @@ def open_container(data: bytes, limits: MediaLimits) -> Iterator[Any]:
         "codec_whitelist": ",".join(sorted(VIDEO_DECODERS | AUDIO_DECODERS)),
         "protocol_whitelist": "none",
         "max_streams": "32",
-        # Holds for the frames FFmpeg decodes while it probes, too.
+        # FFmpeg also decodes frames while it opens a file.
         "max_pixels": str(limits.max_pixels),
     }
-    # Metadata is text of any encoding, and of no interest.
+    # Metadata is not used, so text in an unknown encoding must not be an error.
     with av.open(BytesIO(data), options=options, metadata_errors="replace") as container:
         yield container
 
 
 def pick_stream(container: Any, kind: str, decoders: frozenset[str]) -> Any:
-    """The first stream of `kind` ("video" or "audio") that is no cover picture, its decoder on the list.
+    """The first stream of `kind` ("video" or "audio") that is not a cover image. Its decoder must be in `decoders`.
 
-    Raises `BadMedia` if there is none.
+    Raises `BadMedia` if there is no such stream, or its decoder is another.
     """
     for stream in container.streams:
         if stream.type != kind or stream.disposition & av.stream.Disposition.attached_pic:
             continue
         if stream.codec_context is None or stream.codec_context.codec.name not in decoders:
-            raise BadMedia(f"the {kind} is coded in a way that is not supported")
+            raise BadMedia(f"the {kind} has a codec that is not supported")
         return stream
     raise BadMedia(f"the media holds no {kind}")

@@ -17,7 +17,7 @@ MAX_URL = 4096  # characters, as long as a path may be
 
 
 class FileRoots:
-    """Reads files below `roots`, and nothing else: links are followed only to where they stay inside."""
+    """Reads files below `roots` and no others. A link is followed only if its target lies below a root too."""
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
         """Raises `ValueError` for a root that is no directory."""
@@ -42,13 +42,13 @@ class FileRoots:
         Raises `Forbidden` for what isn't below a root or no regular file, `BadMedia` for what can't be read, `TooLarge`
         beyond `limits.max_bytes`. No message holds a path.
         """
-        if len(text) > MAX_URL:  # each of its parts would be looked at
+        if len(text) > MAX_URL:  # the system would look up every part of a path
             raise Forbidden("this server's options do not allow to read that file")
         path = _path(text)
         try:
             real = os.path.realpath(path)
         except OSError as error:
-            # A link that was replaced while it was looked at.
+            # A link was replaced while the system followed it.
             raise BadMedia("the file cannot be read") from error
         for root in self._roots:
             if os.path.commonpath((root, real)) == root and real != root:

@@ -13,9 +13,9 @@ from encode_server.media.limits import MediaLimits
 # Formats that are always decoded: at most 0.07 s for a million pixels (2 cores, Pillow 13). Left out of both lists: EPS
 # (runs Ghostscript), WMF, PSD, and containers such as ICO whose inner images are larger than their header says.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM")
-# Formats that hardly anybody sends to a model, for `MediaLimits.slow_formats`. A megabyte of QOI takes a decoder in
-# Python 0.8 s. JPEG 2000 takes 0.6 s for a million pixels and holds the interpreter lock meanwhile. PCX, SGI and TGA
-# are fast but rare. TGA has no signature, so it comes last.
+# Formats that are rarely sent to a model, for `MediaLimits.slow_formats`. A megabyte of QOI takes a decoder in
+# Python 0.8 s. JPEG 2000 takes 0.6 s for a million pixels and holds the interpreter lock all that time. PCX, SGI
+# and TGA are fast but rare. TGA has no signature, so it comes last.
 SLOW_FORMATS = ("JPEG2000", "QOI", "PCX", "SGI", "TGA")
 
 # A progressive JPEG may rewrite the whole image in each of thousands of scans; encoders make about ten.

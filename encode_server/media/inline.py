@@ -10,7 +10,7 @@ import pybase64
 from encode_server.errors import BadMedia
 from encode_server.media.limits import MediaLimits
 
-# A conversion holds the interpreter lock until it returns; pieces let the event loop in between.
+# A conversion holds the interpreter lock until it returns. Between two pieces the event loop can run.
 _PIECE = 1 << 20
 
 _URL_ALPHABET = str.maketrans("-_", "+/")
@@ -58,7 +58,7 @@ def _base64(text: str) -> Iterator[bytes]:
             try:
                 yield pybase64.b64decode(piece, validate=True)
             except ValueError:
-                pass  # it may only need tidying up
+                pass  # line breaks or the URL alphabet, perhaps: see below
             else:
                 padded = piece.endswith("=")
                 continue

@@ -1,4 +1,4 @@
-"""What one media item may cost, and a stop-watch that holds a decode to its time."""
+"""What one media item may cost, and a stopwatch that ends a decode after its time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Bounds for one media item. Each is checked as early as it can be known; beyond it the item is `TooLarge`.
+    """Bounds for one media item. Each bound is checked as early as possible; an item above a bound is `TooLarge`.
 
     `max_bytes`: compressed bytes of one item, from any source.
     `max_pixels`: width x height of an image or of one video frame, checked before it is decoded.
     `max_frames`: frames in one video. `max_video_seconds`, `max_audio_seconds`: its length in seconds.
     `max_decoded_bytes`: bytes of the chosen frames of one video as uint8 RGB.
     `max_ratio`: decoded bytes of an image for each compressed byte; images below `ratio_floor_bytes` decoded bytes
-    are exempt, because small flat images compress without end. Video and audio are exempt for the same reason: their
-    frames, seconds and decoded bytes are bounded instead.
+    are exempt, because small flat images compress to almost nothing. Video and audio have no ratio for the same reason:
+    their frames, seconds and decoded bytes are bounded instead.
     `decode_seconds`: time for one decode, checked between frames or blocks.
     `slow_formats`: whether image formats are decoded that are slow or rare, see `image.SLOW_FORMATS`.
     `redirects`: redirects followed for one URL. `fetch_seconds`: time for one URL, from name resolution to last byte.

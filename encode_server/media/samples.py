@@ -1,6 +1,6 @@
 """Media made on the spot, the same each time: something to encode where no file is at hand.
 
-Image, clip and sound of the demo, tiny media for the health probe, and images of noise. Only what needs a library
+The demo's image, video and audio, tiny media for the health probe, and images of noise. Only what needs a library
 imports it: a process without Pillow and PyAV can still make the probe's media.
 """
 

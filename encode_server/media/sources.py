@@ -16,7 +16,7 @@ from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.web import Resolver, WebFetcher
 
-# Characters of base64 that the loop decodes in well under a millisecond, sooner than a busy pool gets to them.
+# Characters of base64 that the loop decodes itself, in well under a millisecond: a busy executor would take longer.
 _SMALL = 1 << 17
 
 
@@ -25,7 +25,7 @@ class MediaSource:
 
     `allow`: which http(s) hosts may be reached, in the grammar of `UrlPolicy`. `file_roots`: directories below which
     files may be read, by file:// URL or by a plain absolute path that begins with one of them; none by default.
-    `executor` runs what would hold up the loop. `resolve` and `ssl_context` replace the system's name resolution and
+    `executor` runs what would block the loop. `resolve` and `ssl_context` replace the system's name resolution and
     the certificates trusted.
     """
 
@@ -48,8 +48,8 @@ class MediaSource:
     async def fetch(self, url: str) -> bytes:
         """The compressed bytes of the media that `url` names, at least one.
 
-        Raises `Forbidden` for a source that the options do not allow, `TooLarge` beyond a limit, and `BadMedia` for one
-        that is malformed, cannot be reached, or doesn't arrive in time.
+        Raises `Forbidden` for a source that the options do not allow, `TooLarge` beyond a limit, and `BadMedia` for a
+        source that is malformed, cannot be reached, or doesn't arrive in time.
         """
         loop = asyncio.get_running_loop()
         scheme = re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]{0,30}):", url)

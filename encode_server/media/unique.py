@@ -1,4 +1,4 @@
-"""Media that cost nothing to make unique: a counter in a part that decoders skip.
+"""Media that are cheap to make unique: they hold a counter in a part that decoders skip.
 
 A server that caches by content sees a new item each time, while its decoder does the same work. The counter lies on a
 multiple of three bytes, so all but its own 24 bytes are base64-encoded once, not for every request.
@@ -60,10 +60,10 @@ def jpeg(width: int, height: int, seed: int = 0) -> UniqueMedia:
 
     random = np.random.default_rng([seed, width, height])
     coarse = random.integers(0, 256, (max(2, height // 32), max(2, width // 32), 3), dtype=np.uint8)
-    picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
-    picture = np.clip(picture + random.normal(0, 4, (height, width, 1)).astype(np.int16), 0, 255).astype(np.uint8)
+    pixels = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    pixels = np.clip(pixels + random.normal(0, 4, (height, width, 1)).astype(np.int16), 0, 255).astype(np.uint8)
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, "JPEG", quality=90)
+    Image.fromarray(pixels).save(out, "JPEG", quality=90)
     data = out.getvalue()
     # A comment segment straight after the start of the image.
     head = data[:2] + b"\xff\xfe" + (2 + COUNTER_BYTES).to_bytes(2, "big")
@@ -71,7 +71,7 @@ def jpeg(width: int, height: int, seed: int = 0) -> UniqueMedia:
 
 
 def mp4() -> UniqueMedia:
-    """The demo's clip of two seconds, a `free` box at its end."""
+    """The demo's clip of two seconds, with a `free` box at its end."""
     data = samples.clip()
     padding = -(len(data) + 8) % 3
     size = 8 + padding + COUNTER_BYTES
@@ -81,7 +81,7 @@ def mp4() -> UniqueMedia:
 
 
 def wav() -> UniqueMedia:
-    """The demo's sound of one and a half seconds, a chunk nobody knows before its samples."""
+    """The demo's audio of one and a half seconds, with a chunk that decoders skip before its samples."""
     data = samples.sound()
     riff = (int.from_bytes(data[4:8], "little") + 8 + COUNTER_BYTES + 2).to_bytes(4, "little")
     chunk = b"JUNK" + (COUNTER_BYTES + 2).to_bytes(4, "little")

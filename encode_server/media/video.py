@@ -20,7 +20,7 @@ _DECODER_BYTES_PER_PIXEL = 32
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video before its frames are chosen.
+    """What is known about a video before its frames are chosen.
 
     `total_num_frames`: frames that a full decode gives. `fps`: average frames per second. `duration`: seconds.
     `width`, `height`: pixels of a frame as displayed, that is, after rotation.
@@ -86,7 +86,7 @@ def video_bytes(data: bytes, most_frames: int | None, limits: MediaLimits) -> in
 
 
 def _inspect(data: bytes, limits: MediaLimits, watch: Stopwatch) -> VideoInfo:
-    """Read every packet, but decode the first frame only: the header's size and rotation aren't to be trusted."""
+    """Read every packet, but decode the first frame only: a header's size and rotation can be wrong."""
     first: Any = None
     packets = 0
     start = end = None
@@ -146,8 +146,9 @@ def _open_stream(container: Any, limits: MediaLimits) -> Any:
     limits.check_pixels(context.width, context.height)
     # A stream may change its size on the way; the decoder refuses what the header didn't announce.
     context.options = {"max_pixels": str(limits.max_pixels)}
-    # The pool decodes many videos beside each other. And should any library have set PyAV's log level, FFmpeg's own
-    # threads would wait for the interpreter lock to log, while its holder waits for them.
+    # Many videos are decoded concurrently, so a decoder needs no threads of its own. Such threads could also deadlock:
+    # where a library has set PyAV's log level, they wait for the interpreter lock in order to log, while the thread
+    # that holds the lock waits for them.
     context.thread_count = 1
     return stream
 
@@ -156,7 +157,7 @@ def _to_rgb(frame: Any, info: VideoInfo) -> npt.NDArray[np.uint8]:
     pixels: npt.NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
     pixels = np.rot90(pixels, _quarter_turns(frame))
     if pixels.shape != (info.height, info.width, 3):
-        raise BadMedia("the size of the picture changes within the video")
+        raise BadMedia("the size of the frames changes within the video")
     return pixels
 
 

@@ -21,22 +21,22 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Takes host and port, gives its addresses as text. Raises `OSError` for a name that has none."""
 
 _REDIRECTS = (301, 302, 303, 307, 308)
-# Seconds for one of several addresses of a host, so that a dead one leaves time for the next.
+# Seconds to connect to one of several addresses of a host, so that a dead address leaves time for the next.
 _CONNECT_SECONDS = 5.0
 _NETWORK_ERRORS = (
     *(httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.UnsupportedProtocol),
     OSError,
 )
 
-MAX_FETCHES = 128  # at once: each has a socket, and may hold as much as an item may
+MAX_FETCHES = 128  # concurrently: each has a socket, and may hold as many bytes as an item may have
 
 
 class WebFetcher:
-    """An HTTP client that can't be talked into reaching an address the policy refuses.
+    """An HTTP client that never connects to an address that the policy refuses.
 
-    The check sits where connections are made: a name is resolved once, all its addresses are checked, and the
+    The check is made where connections are made: a name is resolved once, all its addresses are checked, and the
     connection goes to one of them, while Host header and TLS verification keep the name. A second answer of the name
-    server plays no part. Redirects are followed by hand, each through the same checks. Proxy variables of the
+    server has no effect. Redirects are followed by hand, each through the same checks. Proxy variables of the
     environment are ignored.
     """
 
@@ -53,7 +53,7 @@ class WebFetcher:
         self._policy = policy
         self._limits = limits
         self._places = asyncio.Semaphore(MAX_FETCHES)
-        # Its own threads: a name server that doesn't answer must hold up neither decodes nor deliveries.
+        # Threads of its own: a name server that doesn't answer must delay neither decodes nor deliveries.
         self._resolving = ThreadPoolExecutor(8, thread_name_prefix="resolve")
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
@@ -88,7 +88,7 @@ class WebFetcher:
         raise BadMedia(f"the URL redirects more than {self._limits.redirects} times")
 
     async def aclose(self) -> None:
-        """Close every connection. A fetch under way fails."""
+        """Close every connection. A fetch in progress fails."""
         await self._pool.aclose()
         self._resolving.shutdown(wait=False, cancel_futures=True)
 
@@ -127,7 +127,7 @@ class WebFetcher:
             self._limits.check_bytes(size)
             parts.append(part)
             if len(parts) % 32 == 0:
-                # Thousands of tiny chunks in one packet would otherwise be walked through without a pause.
+                # Thousands of tiny chunks in one packet must not block the loop.
                 await asyncio.sleep(0)
         if not size:
             raise BadMedia("the URL gives an empty body")
