@@ -64,7 +64,7 @@ def _embedding(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS)
 def test_its_encoder_loads(original: Path, tmp_path: Path, method: str) -> None:
     copy = _quantised(original, tmp_path / "copy", METHODS[method])
-    assert inspect(str(copy), None, tp=1).dtype == "float32"
+    assert inspect((str(copy), None, 1)).dtype == "float32"
     assert torch.equal(_embedding(copy), _embedding(original))
 
 
@@ -92,7 +92,7 @@ def test_a_quantised_encoder_is_refused_in_one_line(
     weights[f"visual.blocks.1.mlp.gate_proj.{suffix}"] = torch.zeros(8, 8).to(dtype)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     for attempt in (
-        lambda: inspect(str(copy), None, tp=1),
+        lambda: inspect((str(copy), None, 1)),
         lambda: load_encoder(str(copy), device="cpu", dtype="float32"),
     ):
         with pytest.raises(StartupError, match=message) as caught:
