@@ -17,6 +17,7 @@ from encode_server.runtime.caller import until_caller_goes
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
 from encode_server.service.server import Server
+from encode_server.telemetry.logs import log_request
 from encode_server.wire.embedding import Encoded
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ class EncodeEndpoint:
         try:
             caller = HttpCaller(self._server, request, send)
         except EncodeError as error:
+            self._server.metrics.count_request("unknown", error.code)
+            log_request("-", "unknown", error.code, 0, 0, {})
             await answers.error_answer(error, None)(scope, receive, send)
             return
         await serve_encode(self._server, caller)

@@ -348,8 +348,10 @@ class Preparers:
         barren = 0
         while True:
             process = await self._start(index)
-            code = await process.peer.exited
-            await process.peer.close()
+            try:
+                code = await process.peer.exited
+            finally:
+                await process.peer.close()
             self._on_exit(process, code)
             barren = 0 if process.prepared_any else barren + 1
             if process.failure and barren:
