@@ -143,11 +143,6 @@ class Preparers:
         return states
 
     @property
-    def pids(self) -> list[int | None]:
-        """Per process, None while it is being started."""
-        return [p.peer.pid if (p := self._processes.get(index)) else None for index in range(self._spec.processes)]
-
-    @property
     def queued(self) -> int:
         """Items that wait for a thread."""
         return len(self._short) + len(self._long) + len(self._isolated)
