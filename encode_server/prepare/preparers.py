@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import signal
 import time
 from collections import deque
@@ -393,6 +394,10 @@ class Preparers:
             case m.Pickled(number):
                 if (asked := self._pickles.get(number)) is not None and not asked[1].done():
                     asked[1].set_result(event)
+            case m.Waiting(number):
+                process.jobs[number].began = math.inf
+            case m.Began(number):
+                process.jobs[number].began = time.monotonic()
             case m.Prepared(number, item, decode_s, preprocess_s):
                 process.prepared_any = True
                 self._metrics.spend("decode", decode_s)
