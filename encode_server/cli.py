@@ -11,8 +11,9 @@ from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
+from encode_server.runtime.forkserver import launch
 from encode_server.runtime.leaving import leave
-from encode_server.settings import Settings, load_settings, option_name, variable_name
+from encode_server.settings import PRELOAD, Settings, load_settings, option_name, preload_argument, variable_name
 
 
 def console() -> NoReturn:
@@ -64,10 +65,12 @@ def _run(command: str, options: dict[str, Any]) -> int:
         print(f"wrote the demo checkpoint (its weights are random) to {options['directory']}")
         return 0
     if command == "demo":
+        once = options.pop("once")
+        settings = load_settings({"model": "demo"} | options)
+        launched = launch(PRELOAD, preload_argument(settings))
         from encode_server.demo import run_demo
 
-        once = options.pop("once")
-        return run_demo(load_settings({"model": "demo"} | options), once=once)
+        return run_demo(settings, launched, once=once)
     if command == "bench":
         from encode_server.bench.command import run
 
@@ -76,9 +79,12 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
+    settings = load_settings(options)
+    # Before FastAPI is imported: the forkserver's imports take longest, and begin now.
+    launched = launch(PRELOAD, preload_argument(settings))
     from encode_server.serve import serve
 
-    return serve(load_settings(options))
+    return serve(settings, launched)
 
 
 def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:

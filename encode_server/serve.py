@@ -12,6 +12,7 @@ import uvloop
 
 from encode_server.app import create_app
 from encode_server.errors import StartupError
+from encode_server.runtime.forkserver import Launched
 from encode_server.runtime.listening import Uvicorn, bind, until_signalled
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
@@ -19,8 +20,9 @@ from encode_server.telemetry import logs
 log = logging.getLogger(__name__)
 
 
-def serve(settings: Settings, on_listening: Callable[[str], None] | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C; the exit status. `on_listening` is given the base URL, before anything is loaded.
+def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], None] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit status. `launched`: the forkserver, which imports meanwhile.
+    `on_listening` is given the base URL, before anything is loaded.
 
     Raises StartupError when it cannot start as asked, or cannot go on.
     """
@@ -37,7 +39,7 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with bind(settings.host, settings.port) as listener:
-        app = create_app(settings, on_fatal=fail)
+        app = create_app(settings, fail, launched)
         server = Uvicorn(
             uvicorn.Config(
                 app,
