@@ -81,9 +81,13 @@ class HttpCaller:
         sent = 0
         for piece in body.pieces:
             sent += len(piece)
+            message = {"type": "http.response.body", "body": piece, "more_body": sent < body.size}
+            if sent == len(piece) == body.size:  # small: the connection's buffer takes all of it
+                await self._send(message)
+                return
             try:
                 async with asyncio.timeout(limit_s):
-                    await self._send({"type": "http.response.body", "body": piece, "more_body": sent < body.size})
+                    await self._send(message)
             except TimeoutError:
                 log.warning("request %s: the client took nothing of its answer for %g s: closing", req_id, limit_s)
                 raise DeliveryFailed(f"the client took nothing of its answer for {limit_s:g} s") from None

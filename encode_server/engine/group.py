@@ -21,6 +21,9 @@ from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
 
+LOOK_S = 1.0
+"""Seconds from which a command is looked at closely: /proc is not read for those that end sooner."""
+
 PEERS_S = 2.0
 """Time for other ranks to report the same failure; a rank still silent after it is stuck in a collective."""
 
@@ -140,6 +143,8 @@ class RankGroup:
         if pending.started is None:
             return 0.0
         age = time.monotonic() - pending.started
+        if age < LOOK_S:
+            return age
         late = [rank.peer.pid for index, rank in enumerate(self._ranks) if index not in pending.done and rank.peer.pid]
         if not pending.waited:
             pending.waited = {pid: waited(pid) for pid in late}

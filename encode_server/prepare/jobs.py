@@ -10,6 +10,8 @@ from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import active_seconds
 from encode_server.wire import preparers as m
 
+LOOK_S = 1.0  # an item that ends sooner is not looked at closely: /proc is not read for it
+
 
 class Stage(StrEnum):
     """Where a job is."""
@@ -71,11 +73,6 @@ class PreparerProcess:
     active_at: float = 0.0
 
     @property
-    def busy(self) -> bool:
-        """Whether the process has something to do."""
-        return any(job.stage in (Stage.PREPARING, Stage.PLACING) for job in self.jobs.values())
-
-    @property
     def preparing(self) -> list[PreparingJob]:
         """What is being decoded or preprocessed."""
         return [job for job in self.jobs.values() if job.stage is Stage.PREPARING]
@@ -93,7 +90,8 @@ class PreparerProcess:
     def still_s(self, now: float) -> float:
         """For how many seconds the process has neither run nor waited for a core although it is busy. 0 where the
         kernel does not say."""
-        if not self.busy or self.peer.pid is None:
+        began = [job.began for job in self.jobs.values() if job.stage in (Stage.PREPARING, Stage.PLACING)]
+        if self.peer.pid is None or not began or now - min(began) < LOOK_S:
             self.active_at = now
             return 0.0
         active = active_seconds(self.peer.pid)

@@ -36,7 +36,7 @@ MAX_HELD = 512 << 20  # bytes of tensors that wait in the preparers for room in 
 OVERTIME = 1.5  # times `decode_s`: the decoders check the time themselves where they can; beyond this nothing checked
 PLACE_S = 30.0  # longest time for copying tensors into the arena
 IDLE_S = 3.0  # a process that works on an item and has neither run nor waited for a core for so long is stopped
-WATCH_S = 0.25
+WATCH_S = 0.5
 MAX_BARREN = 5  # processes in a row that ended before they could prepare anything
 SIGKILL_DEATHS, OTHER_DEATHS = 3, 2  # of processes, until an item that was alone in the last one is to blame
 

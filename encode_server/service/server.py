@@ -54,7 +54,7 @@ from encode_server.wire.preparers import Pickled, PreparerSetup
 
 log = logging.getLogger(__name__)
 
-LAG_INTERVAL_S = 0.1
+LAG_INTERVAL_S = 0.25
 SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
 FORKSERVER_TRIES = 3
 

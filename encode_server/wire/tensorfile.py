@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import msgspec
+
 from encode_server.wire.dtypes import TO_SAFETENSORS
 
 
 def tensor_head(name: str, dtype: str, shape: tuple[int, int], nbytes: int, metadata: Mapping[str, str]) -> bytes:
     """The length and the JSON header of a file whose `nbytes` bytes of tensor `name` follow directly."""
     tensor = {"dtype": TO_SAFETENSORS[dtype], "shape": shape, "data_offsets": (0, nbytes)}
-    header = json.dumps({"__metadata__": dict(metadata), name: tensor}).encode()
+    header = msgspec.json.encode({"__metadata__": dict(metadata), name: tensor})
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 
