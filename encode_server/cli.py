@@ -12,7 +12,7 @@ from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
 from encode_server.runtime.leaving import leave
-from encode_server.settings import Settings, load_settings, option_name, variable_name
+from encode_server.settings import RENAMED, Settings, load_settings, option_name, variable_name
 
 
 def console() -> NoReturn:
@@ -88,6 +88,8 @@ def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
             continue
         kind = "A,B,…" if isinstance(field.default, tuple) else name.rsplit("_", 1)[-1].upper()
         parser.add_argument(option_name(name), metavar=kind, default=argparse.SUPPRESS, help=_help(name))
+    for name in RENAMED:
+        parser.add_argument(option_name(name), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _help(name: str) -> str:

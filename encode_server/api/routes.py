@@ -44,7 +44,7 @@ def build_router(server: Server) -> APIRouter:
         return Response(server.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     add_profile_routes(router, server)
-    if server.settings.engine == "sglang":
+    if server.settings.protocol == "sglang":
         add_sglang_routes(router, server.registrations, server.destination_policy, server.keys.client)
     return router
 
