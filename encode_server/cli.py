@@ -57,6 +57,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, options: dict[str, Any]) -> int:
+    """Run a command. Raises StartupError where the light install lacks a package that the command needs."""
+    try:
+        return _dispatch(command, options)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package in ("", "encode_server"):
+            raise
+        extra = "bench" if command == "bench" else "server"
+        raise StartupError(
+            f"`{command}` needs the package {package}, which is not installed: pip install 'encode-server[{extra}]'"
+        ) from None
+
+
+def _dispatch(command: str, options: dict[str, Any]) -> int:
     if command == "demo-model":
         from encode_server.models.demo import write_demo
 
