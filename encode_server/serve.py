@@ -10,6 +10,7 @@ from collections.abc import Callable
 import uvicorn
 import uvloop
 
+from encode_server import __version__
 from encode_server.app import create_app
 from encode_server.errors import StartupError
 from encode_server.runtime.listening import Uvicorn, bind, until_signalled
@@ -17,6 +18,8 @@ from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
+
+VERSION_HEADER = "X-Encode-Server-Version"  # of every answer; docs/stability.md says what the number promises
 
 
 def serve(settings: Settings, on_listening: Callable[[str], None] | None = None) -> int:
@@ -44,6 +47,7 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
                 http="httptools",
                 log_config=None,
                 access_log=False,
+                headers=[(VERSION_HEADER, __version__)],
                 ssl_certfile=settings.ssl_certfile,
                 ssl_keyfile=settings.ssl_keyfile,
                 timeout_graceful_shutdown=max(1, round(settings.grace_s)),
