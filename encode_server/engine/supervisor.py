@@ -87,11 +87,6 @@ class Supervisor:
         """Per rank, see `RankGroup.states`."""
         return self._group.states if self._group else []
 
-    @property
-    def rank_pids(self) -> list[int | None]:
-        """Per rank, None before its fork."""
-        return self._group.pids if self._group else []
-
     def forward_age_s(self) -> float | None:
         """Seconds since the ranks came to the oldest forward that they execute; None when they execute none."""
         oldest = self._group.oldest() if self._group else None

@@ -18,6 +18,7 @@ import traceback
 from importlib import import_module
 
 from encode_server.runtime.leaving import leave
+from encode_server.runtime.mapped import release_libraries
 from encode_server.wire.forks import LARGEST, Exited, Fork, Forked, decode_fork, encode
 
 PR_SET_PDEATHSIG = 1
@@ -116,6 +117,7 @@ def main() -> int:
     # What is imported stays: a child's garbage collection would otherwise write to, and so copy, every shared page.
     gc.collect()
     gc.freeze()
+    release_libraries()
     with socket.socket(fileno=args.socket) as control:
         serve(control)
     return 0

@@ -114,7 +114,7 @@ class Prefill(Engine):
             "logprobs": True,
             "messages": [{"role": "user", "content": [*media, {"type": "text", "text": "hello"}]}],
         }
-        return httpx.post(self.url + "/v1/chat/completions", json=body, timeout=300)
+        return httpx.post(self.url + "/v1/chat/completions", json=body, timeout=900)
 
 
 def sglang_encoder(checkpoint: Path, log: Path, bootstrap: str, backend: str = "zmq_to_scheduler") -> Engine:
