@@ -22,6 +22,7 @@ from encode_server.api.openapi import complete
 from encode_server.api.routes import build_router
 from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
+from encode_server.runtime.forkserver import Launched
 from encode_server.service.server import Server
 from encode_server.settings import Settings, load_settings
 from encode_server.telemetry import logs
@@ -32,13 +33,15 @@ WORKERS_REFUSED = (
 )
 
 
-def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None) -> FastAPI:
-    """The application of one server.
+def create_app(
+    settings: Settings, on_fatal: Callable[[str], None] | None = None, launched: Launched | None = None
+) -> FastAPI:
+    """The application of one server. `launched`: its forkserver, if it was started before.
 
     `on_fatal` is called when it cannot go on; by default the process is ended by SIGTERM, which ends uvicorn with a
     non-zero status. Raises StartupError for settings that cannot work.
     """
-    server = Server(settings)
+    server = Server(settings, launched)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,8 +12,17 @@ from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
+from encode_server.runtime.forkserver import Launched, launch
 from encode_server.runtime.leaving import leave
-from encode_server.settings import RENAMED, Settings, load_settings, option_name, variable_name
+from encode_server.settings import (
+    PRELOAD,
+    RENAMED,
+    Settings,
+    load_settings,
+    option_name,
+    preload_argument,
+    variable_name,
+)
 
 
 def console() -> NoReturn:
@@ -78,10 +88,12 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
         print(f"wrote the demo checkpoint (its weights are random) to {options['directory']}")
         return 0
     if command == "demo":
+        once = options.pop("once")
+        settings = load_settings({"model": "demo"} | options)
+        launched = _launch(settings)
         from encode_server.demo import run_demo
 
-        once = options.pop("once")
-        return run_demo(load_settings({"model": "demo"} | options), once=once)
+        return run_demo(settings, launched, once=once)
     if command == "bench":
         from encode_server.bench.command import run
 
@@ -90,9 +102,18 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
+    settings = load_settings(options)
+    launched = _launch(settings)
     from encode_server.serve import serve
 
-    return serve(load_settings(options))
+    return serve(settings, launched)
+
+
+def _launch(settings: Settings) -> Launched:
+    """Start the forkserver before FastAPI is imported: its imports take longest, and begin now."""
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError(name="torch")
+    return launch(PRELOAD, preload_argument(settings))
 
 
 def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:

@@ -13,6 +13,7 @@ import uvloop
 from encode_server import __version__
 from encode_server.app import create_app
 from encode_server.errors import StartupError
+from encode_server.runtime.forkserver import Launched
 from encode_server.runtime.listening import Uvicorn, bind, until_signalled
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
@@ -22,8 +23,9 @@ log = logging.getLogger(__name__)
 VERSION_HEADER = "X-Encode-Server-Version"  # of every answer; docs/stability.md says what the number promises
 
 
-def serve(settings: Settings, on_listening: Callable[[str], None] | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C; the exit status. `on_listening` is given the base URL, before anything is loaded.
+def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], None] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit status. `launched`: the forkserver, which imports meanwhile.
+    `on_listening` is given the base URL, before anything is loaded.
 
     Raises StartupError when it cannot start as asked, or cannot go on.
     """
@@ -40,7 +42,7 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with bind(settings.host, settings.port) as listener:
-        app = create_app(settings, on_fatal=fail)
+        app = create_app(settings, fail, launched)
         server = Uvicorn(
             uvicorn.Config(
                 app,

@@ -6,6 +6,7 @@ through `load_settings`, so a wrong value gives the same sentence either way.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -191,6 +192,15 @@ class Settings(BaseSettings):
             # A secret that was not set must not open the server.
             raise PydanticCustomError("no_key", "at least one key; leave it out to serve everybody")
         return parts
+
+
+PRELOAD = "encode_server.models.preload:preload"
+"""What the forkserver calls before its first fork."""
+
+
+def preload_argument(settings: Settings) -> bytes:
+    """The argument of `PRELOAD`."""
+    return json.dumps({"model": settings.model, "revision": settings.revision}).encode()
 
 
 def load_settings(options: Mapping[str, Any] | None = None) -> Settings:

@@ -45,7 +45,7 @@ def test_a_wrong_value_is_one_sentence():
 
 def test_the_command_line_takes_both_and_shows_one(monkeypatch, capsys):
     served = []
-    monkeypatch.setattr("encode_server.serve.serve", lambda settings: served.append(settings.protocol) or 0)
+    monkeypatch.setattr("encode_server.serve.serve", lambda settings, launched: served.append(settings.protocol) or 0)
     assert cli.main(["serve", "demo", "--engine", "sglang"]) == cli.main(["serve", "demo", "--protocol", "sglang"]) == 0
     assert served == ["sglang", "sglang"]
     with pytest.raises(SystemExit):

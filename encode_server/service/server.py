@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -41,12 +40,12 @@ from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
-from encode_server.runtime.forkserver import Forkserver, ForkserverLost
+from encode_server.runtime.forkserver import Forkserver, ForkserverLost, Launched
 from encode_server.runtime.pools import Pools
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
 from encode_server.service.keys import ApiKeys
-from encode_server.settings import Settings
+from encode_server.settings import PRELOAD, Settings, preload_argument
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
@@ -80,8 +79,10 @@ class Server:
     Raises StartupError when the settings cannot work.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, launched: Launched | None = None) -> None:
+        """`launched`: a forkserver that was started before, with `PRELOAD` and `preload_argument`."""
         self.settings = settings
+        self._launched = launched
         self.metrics = Metrics()
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
@@ -105,7 +106,6 @@ class Server:
         check_media_options(settings)
         refuse_early(settings.model, settings.tp)
         self._encoding: Encoding | None = None
-        self._forkserver: Forkserver | None = None
         self._changes = Changes()
         self._warm = False
         self._draining = False
@@ -251,8 +251,7 @@ class Server:
     async def _live(self, source: MediaSource, store: EmbeddingStore | None, on_fatal: Callable[[str], None]) -> None:
         """Run the processes until cancelled. Nothing goes on without one of the background tasks: `on_fatal`."""
         settings = self.settings
-        argument = json.dumps({"model": settings.model, "revision": settings.revision}).encode()
-        forkserver = self._forkserver = Forkserver("encode_server.models.preload:preload", argument)
+        forkserver = Forkserver(PRELOAD, preload_argument(settings), self._launched)
         try:
             forkserver.start()
             async with asyncio.TaskGroup() as outer:
