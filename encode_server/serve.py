@@ -10,6 +10,7 @@ from collections.abc import Callable
 import uvicorn
 import uvloop
 
+from encode_server import __version__
 from encode_server.app import create_app
 from encode_server.errors import StartupError
 from encode_server.runtime.forkserver import Launched
@@ -18,6 +19,8 @@ from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
+
+VERSION_HEADER = "X-Encode-Server-Version"  # of every answer; docs/stability.md says what the number promises
 
 
 def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], None] | None = None) -> int:
@@ -46,6 +49,7 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
                 http="httptools",
                 log_config=None,
                 access_log=False,
+                headers=[(VERSION_HEADER, __version__)],
                 ssl_certfile=settings.ssl_certfile,
                 ssl_keyfile=settings.ssl_keyfile,
                 timeout_graceful_shutdown=max(1, round(settings.grace_s)),

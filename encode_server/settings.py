@@ -7,6 +7,7 @@ through `load_settings`, so a wrong value gives the same sentence either way.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -17,7 +18,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from encode_server.errors import StartupError
 
+log = logging.getLogger(__name__)
+
 ENV_PREFIX = "ENCODE_SERVER_"
+
+RENAMED = {"engine": "protocol"}
+"""Options by the names that earlier versions gave them, and their present names. Both are taken."""
 
 CommaList = Annotated[tuple[str, ...], NoDecode]
 MODULE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
@@ -132,8 +138,10 @@ class Settings(BaseSettings):
     fetch_s: float = Field(20.0, gt=0, description="longest time for downloading one item")
 
     # Delivery.
-    engine: Literal["native", "sglang"] = Field(
-        "native", description="whose frames are pushed; sglang: also what its prefill servers ask for beside /encode"
+    protocol: Literal["native", "sglang"] = Field(
+        "native",
+        description="what a pushed embedding looks like; sglang: SGLang's frames, and the endpoints that its prefill "
+        "servers ask for beside /encode",
     )
     destination_allow: CommaList = Field(
         (), description="networks or hosts beside private and loopback ones that embeddings may be pushed to"
@@ -200,7 +208,7 @@ def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
 
     Raises StartupError naming the option, what it got and what it takes.
     """
-    given = dict(options or {})
+    given = _by_present_names(options or {})
     if "api_keys" not in given and os.environ.get(variable_name("api_keys"), "unset").strip() == "":
         # Empty variables count as absent, but a secret that was not set must not open the server.
         raise StartupError(f"{variable_name('api_keys')} is empty: give a key, or unset it to serve everybody")
@@ -218,6 +226,20 @@ def option_name(field: str) -> str:
 def variable_name(field: str) -> str:
     """`preproc_workers` → `ENCODE_SERVER_PREPROC_WORKERS`."""
     return ENV_PREFIX + field.upper()
+
+
+def _by_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options`, what was given by a former name now under the present one, also from the environment."""
+    given = dict(options)
+    for old, new in RENAMED.items():
+        variable = os.environ.get(variable_name(old))
+        if old in given:
+            log.warning("%s is called %s now; the old name still works", option_name(old), option_name(new))
+            given.setdefault(new, given.pop(old))
+        elif variable and new not in given and variable_name(new) not in os.environ:
+            log.warning("%s is called %s now; the old name still works", variable_name(old), variable_name(new))
+            given[new] = variable
+    return given
 
 
 def _complaint(error: Any, given: Mapping[str, Any]) -> str:

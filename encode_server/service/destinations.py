@@ -52,7 +52,7 @@ class Destinations:
         if ask.prefill_host is None or ask.embedding_port is None:
             return None
         if isinstance(ask.embedding_port, list):
-            raise BadRequest("embedding_port is a list, which only a server with --engine sglang takes")
+            raise BadRequest("embedding_port is a list, which only a server with --protocol sglang takes")
         endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port)
         return Destination(NativePush(self._pusher, endpoint, self._pool))
 

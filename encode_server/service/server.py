@@ -85,7 +85,7 @@ class Server:
         self._launched = launched
         self.metrics = Metrics()
         self.port = settings.port  # whoever binds the socket corrects it
-        self.patient = settings.engine == "sglang"
+        self.patient = settings.protocol == "sglang"
         self.admission = Admission(_admission_limits(settings), self.metrics)
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20)
@@ -132,7 +132,7 @@ class Server:
             store = None
             if self._folder is not None:
                 store = EmbeddingStore(self._folder, settings.ec_store_age_s, pools.store)
-            if settings.engine == "sglang":
+            if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
                 stack.callback(self.sglang.close)
