@@ -70,7 +70,7 @@ def test_curl(server, folder):
         pytest.skip("needs curl")
     command = snippet("sh", "curl -F").replace("http://127.0.0.1:30000", server.base_url)
     subprocess.run(["sh", "-ec", command.replace("curl", "curl --fail --silent --show-error")], cwd=folder, check=True)
-    assert b'"shape": "[192, 128]"' in (folder / "embedding.safetensors").read_bytes().replace(b'\\"', b'"')
+    assert b'"shape":"[192, 128]"' in (folder / "embedding.safetensors").read_bytes()
 
 
 def test_the_client_in_a_light_install(server, folder, light_python):
