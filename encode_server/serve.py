@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import resource
 import ssl
 from collections.abc import Callable
 
-import uvicorn
 import uvloop
 
 from encode_server.app import create_app
 from encode_server.errors import StartupError
-from encode_server.runtime.listening import Uvicorn, bind, until_signalled
+from encode_server.runtime.connections import ConnectionLimits
+from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
@@ -33,20 +32,16 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
         server.should_exit = True
 
     _check_tls(settings)
-    # Each connection and fetch takes a descriptor; the usual soft limit of 1024 is for programs that use select().
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connections = room_for_connections(settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         app = create_app(settings, on_fatal=fail)
         server = Uvicorn(
-            uvicorn.Config(
+            config(
                 app,
-                http="httptools",
-                log_config=None,
-                access_log=False,
+                ConnectionLimits(connections=connections, unread_s=settings.send_timeout_s),
+                grace_s=settings.grace_s,
                 ssl_certfile=settings.ssl_certfile,
                 ssl_keyfile=settings.ssl_keyfile,
-                timeout_graceful_shutdown=max(1, round(settings.grace_s)),
             )
         )
         host, port = listener.getsockname()[:2]

@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     # HTTP.
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    max_connections: int = Field(
+        4096, ge=1, description="open connections; beyond it the one idle longest is closed for a new one"
+    )
     max_body_mb: int = Field(128, ge=1, description="largest request body")
     max_items: int = Field(256, ge=1, description="most media items in one request")
 
