@@ -57,6 +57,12 @@ class Forbidden(EncodeError):
     status, code = 403, "forbidden"
 
 
+class TooSlow(EncodeError):
+    """The body arrives more slowly than the least rate."""
+
+    status, code = 408, "too_slow"
+
+
 class Duplicate(EncodeError):
     """A request with this id is already being worked on."""
 

@@ -46,6 +46,12 @@ class Settings(BaseSettings):
     )
     max_body_mb: int = Field(128, ge=1, description="largest request body")
     max_items: int = Field(256, ge=1, description="most media items in one request")
+    least_rate_kb: int = Field(
+        64,
+        ge=0,
+        description="KiB a second at which a client must send its body and take its answer, on average after 5 s; "
+        "0: any rate",
+    )
 
     api_keys: CommaList = Field(
         (),

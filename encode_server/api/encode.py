@@ -11,8 +11,9 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from encode_server.api import answers
-from encode_server.api.body import declared_length, read_encode
+from encode_server.api.body import BodyLimits, declared_length, read_encode
 from encode_server.errors import BadRequest, DeliveryFailed, EncodeError
+from encode_server.runtime.bodies import Charge
 from encode_server.runtime.caller import until_caller_goes
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
@@ -55,10 +56,11 @@ class HttpCaller:
         if "transfer-encoding" in request.headers:
             self.declared_bytes = server.settings.max_body_mb << 20  # the body may be that long
 
-    async def read(self) -> Ask:
+    async def read(self, charge: Charge) -> Ask:
         """See `Caller`."""
         settings = self._server.settings
-        return await read_encode(self._request, self._server.pools.work, settings.max_body_mb << 20, settings.max_items)
+        limits = BodyLimits(settings.max_body_mb << 20, settings.max_items, settings.least_rate_kb << 10)
+        return await read_encode(self._request, self._server.pools.work, limits, charge)
 
     def until_gone(self) -> AbstractAsyncContextManager[None]:
         """See `Caller`."""

@@ -114,8 +114,8 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self._plain > self.limits.head_bytes:
             self._refuse(431, f"the headers are larger than {self.limits.head_bytes} bytes")
-        elif self._in_head and self._head_timer is None:
-            self._expect_head()
+        elif self._idle and self._head_timer is None:
+            self._expect_head()  # or the rest of a body whose request has been answered already
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser could not take, or what a callback below has refused."""
@@ -189,11 +189,6 @@ class GuardedProtocol(HttpToolsProtocol):
     @property
     def _idle(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
-
-    @property
-    def _in_head(self) -> bool:
-        """Whether a request has begun, or may begin, whose headers are not complete, with none in progress."""
-        return self._idle and self._plain > 0
 
     def _count(self, nbytes: int) -> None:
         self._named += nbytes

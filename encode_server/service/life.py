@@ -82,17 +82,18 @@ async def _admitted(server: Server, caller: Caller) -> AsyncIterator[Ticket]:
 
 
 async def _read(server: Server, caller: Caller, ticket: Ticket) -> Ask:
-    """The body. Its time is never longer than by default: a body that trickles in holds a place, and room."""
-    limit_s = server.settings.timeout_s
+    """The body. Its time is never longer than by default: a body that trickles in holds a place, and room. A patient
+    caller may have to wait for room while its body arrives."""
+    limit_s = server.timeout_s(None) if server.patient else server.settings.timeout_s
     asked = caller.asked_timeout_s
     try:
         async with asyncio.timeout(min(asked or limit_s, limit_s)):
-            ask = await caller.read()
+            ask = await caller.read(ticket.grow)
     except TimeoutError:
         raise DeadlineExceeded("the request's time was up before its body had arrived") from None
     if ask.part_idx >= ask.num_parts:
         raise BadRequest(f"part_idx is {ask.part_idx}, expected less than num_parts, {ask.num_parts}")
-    ticket.weigh(nbytes=sum(len(item.source) for item in ask.items) - ticket.bytes)
+    ticket.settle(sum(len(item.source) for item in ask.items))
     fps = server.settings.video_fps
     if ask.modality is Modality.VIDEO and fps is not None:
         return replace(ask, items=[item.with_fps(fps) for item in ask.items])

@@ -28,13 +28,13 @@ class Listener:
 
 
 async def app(scope, receive, send):
-    """`/large` answers 2 MB, `/wait` never, all else what was sent."""
+    """`/large` answers 2 MB, `/wait` never, `/early` before the body was read, all else what was sent."""
     if scope["type"] == "lifespan":
         while (await receive())["type"] != "lifespan.shutdown":
             await send({"type": "lifespan.startup.complete"})
         await send({"type": "lifespan.shutdown.complete"})
         return
-    body, more = b"", True
+    body, more = b"", scope["path"] != "/early"
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":

@@ -136,6 +136,17 @@ def test_who_reads_nothing_is_left(quick, path):
         assert eventually(lambda: quick.open == 0, 20)
 
 
+def test_a_body_is_not_read_for_long_after_its_answer(quick):
+    with quick.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(b"POST /early HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        ends = time.monotonic() + 20
+        while time.monotonic() < ends and quick.open:
+            connection.sendall(b"x")
+            time.sleep(0.1)
+    assert quick.open == 0
+
+
 def test_idle_connections_make_room_for_new_ones(quick):
     """Whoever keeps all places must not keep a probe out."""
     with contextlib.ExitStack() as stack:
