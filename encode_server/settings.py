@@ -111,7 +111,7 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="largest share of each of these three that one client (API key, address) may hold while others "
-        "are active",
+        "are active; of --undelivered-mb, always",
     )
     max_item_tokens: int = Field(
         131_072, ge=1, description="patches or mel frames of one item, as preprocessed; beyond it 413"
@@ -149,8 +149,9 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
 
     undelivered_mb: int = Field(
-        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429"
+        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429, one alone 413"
     )
+    max_answer_mb: int = Field(1024, ge=1, description="embeddings of one request; beyond it 413")
     sglang_receiver_module: str = Field(
         "sglang.srt.disaggregation.encoder.receiver",
         pattern=MODULE,

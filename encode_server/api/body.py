@@ -16,7 +16,8 @@ from starlette.requests import Request
 from encode_server.api.schemas import EncodeBody, ItemBody
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
-from encode_server.runtime.bodies import Charge, chunks, from_json, read_all
+from encode_server.runtime.bodies import chunks, from_json, read_all
+from encode_server.runtime.charge import Charge
 from encode_server.runtime.pools import Pace, run, run_sized
 from encode_server.service.caller import Ask
 from encode_server.wire.items import ItemOptions

@@ -13,11 +13,13 @@ from starlette.types import Receive, Scope, Send
 from encode_server.api import answers
 from encode_server.api.body import BodyLimits, declared_length, read_encode
 from encode_server.errors import BadRequest, DeliveryFailed, EncodeError
-from encode_server.runtime.bodies import Charge
+from encode_server.runtime.bodies import LeastRate
 from encode_server.runtime.caller import until_caller_goes
+from encode_server.runtime.charge import Charge
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
 from encode_server.service.server import Server
+from encode_server.telemetry.logs import quoted
 from encode_server.wire.embedding import Encoded
 
 log = logging.getLogger(__name__)
@@ -77,15 +79,19 @@ class HttpCaller:
         headers = [(b"content-type", body.media_type.encode()), (b"content-length", str(body.size).encode())]
         self._answering = True
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        sent = 0
+        sent, rate = 0, LeastRate(self._server.settings.least_rate_kb << 10)
         for piece in body.pieces:
             sent += len(piece)
             try:
                 async with asyncio.timeout(limit_s):
-                    await self._send({"type": "http.response.body", "body": piece, "more_body": sent < body.size})
+                    await rate.wait(
+                        self._send({"type": "http.response.body", "body": piece, "more_body": sent < body.size})
+                    )
             except TimeoutError:
-                log.warning("request %s: the client took nothing of its answer for %g s: closing", req_id, limit_s)
-                raise DeliveryFailed(f"the client took nothing of its answer for {limit_s:g} s") from None
+                took = "too little" if rate.left_s == 0 else "nothing"
+                log.warning("request %s: the client took %s of its answer: closing", quoted(req_id), took)
+                raise DeliveryFailed(f"the client took {took} of its answer for {limit_s:g} s") from None
+            rate.count(len(piece))
 
     async def confirm(self, req_id: str, encoded: Encoded, *, silent: bool) -> None:
         """See `Caller`."""

@@ -16,6 +16,7 @@ from encode_server.errors import BadMedia
 from encode_server.media.addresses import Address, parse_address
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy, refusal
+from encode_server.runtime.charge import Charge, free
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Takes host and port, gives its addresses as text. Raises `OSError` for a name that has none."""
@@ -63,8 +64,8 @@ class WebFetcher:
             network_backend=_VettedNetwork(policy, resolve or self._resolve, network or httpcore.AnyIOBackend()),
         )
 
-    async def get(self, text: str) -> list[bytes]:
-        """The body at the URL `text`, in pieces; joining them is left to a thread.
+    async def get(self, text: str, charge: Charge = free) -> list[bytes]:
+        """The body at the URL `text`, in pieces, each charged before it is kept; joining them is left to a thread.
 
         Raises `Forbidden` for a host that the policy refuses, first or after a redirect, `TooLarge` beyond
         `limits.max_bytes`, `BadMedia` for all else that keeps it from arriving within `limits.fetch_seconds`.
@@ -75,7 +76,7 @@ class WebFetcher:
             async with self._places, asyncio.timeout(self._limits.fetch_seconds):
                 for _ in range(self._limits.redirects + 1):
                     host = url.host
-                    answer = await self._get_once(url)
+                    answer = await self._get_once(url, charge)
                     if not isinstance(answer, httpx.URL):
                         return answer
                     url = answer
@@ -92,7 +93,7 @@ class WebFetcher:
         await self._pool.aclose()
         self._resolving.shutdown(wait=False, cancel_futures=True)
 
-    async def _get_once(self, url: httpx.URL) -> list[bytes] | httpx.URL:
+    async def _get_once(self, url: httpx.URL, charge: Charge) -> list[bytes] | httpx.URL:
         """One request: the body, or where the answer redirects to."""
         self._policy.check_host(url.raw_host.decode("ascii"), _port(url))
         seconds = self._limits.fetch_seconds
@@ -115,9 +116,9 @@ class WebFetcher:
                 raise BadMedia(f"the host {url.host!r} answered {response.status}, expected 200")
             if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):
                 raise BadMedia(f"the host {url.host!r} sent a compressed body, expected the media as they are")
-            return await self._body(response, headers.get(b"content-length", b""))
+            return await self._body(response, headers.get(b"content-length", b""), charge)
 
-    async def _body(self, response: httpcore.Response, declared: bytes) -> list[bytes]:
+    async def _body(self, response: httpcore.Response, declared: bytes, charge: Charge) -> list[bytes]:
         if declared.isdigit():
             self._limits.check_bytes(int(declared[:20]))
         parts: list[bytes] = []
@@ -125,6 +126,7 @@ class WebFetcher:
         async for part in response.aiter_stream():
             size += len(part)
             self._limits.check_bytes(size)
+            await charge(len(part))
             parts.append(part)
             if len(parts) % 32 == 0:
                 # Thousands of tiny chunks in one packet must not block the loop.

@@ -187,7 +187,7 @@ class Admission:
             raise self._too_busy(f"{self.held.bytes >> 20} MiB of media are in progress, the limit is {most >> 20} MiB")
         mine = self._clients[ticket.client]
         over = mine.bytes + nbytes > most * self._limits.client_share
-        if over and mine.requests > 1 and self._others(ticket.client):
+        if over and mine.requests > 1 and self.others(ticket.client):
             raise self._too_busy(
                 f"this client has {mine.bytes >> 20} MiB of media in progress, its full share while others are active"
             )
@@ -267,7 +267,7 @@ class Admission:
         if all_held.tokens > limits.max_tokens:
             reason = f"{all_held.tokens} encoder tokens are in progress, the limit is {limits.max_tokens}"
             return _Refusal(reason, True)
-        if mine.requests and self._others(client):
+        if mine.requests and self.others(client):
             share = limits.client_share
             for over, what in (
                 (mine.requests >= max(1, int(limits.max_requests * share)), f"{mine.requests} requests"),
@@ -280,7 +280,7 @@ class Admission:
                     )
         return None
 
-    def _others(self, client: str) -> bool:
+    def others(self, client: str) -> bool:
         """Whether anybody else has a request in progress, waits at the door, or has been refused lately."""
         self._forget_refused()
         waiting = (waiter.client for waiter in self._door)

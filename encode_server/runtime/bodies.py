@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,15 +13,13 @@ from starlette.requests import ClientDisconnect, Request
 
 from encode_server.errors import BadRequest, TooLarge, TooSlow
 from encode_server.runtime.caller import CallerGone
+from encode_server.runtime.charge import Charge, free
 
 SMALL = 64 << 10  # of requests that hold no media
 
 GRACE_S = 5.0  # a client may send or take nothing for so long before its rate counts
 
 T = TypeVar("T")
-
-Charge = Callable[[int], Awaitable[None]]
-"""Counts so many bytes more, before they are kept. Raises TooLarge or TooBusy where there is no room for them."""
 
 
 @dataclass
@@ -55,7 +53,7 @@ class LeastRate:
 
 
 async def chunks(
-    request: Request, max_bytes: int, least_rate: int = 0, charge: Charge | None = None
+    request: Request, max_bytes: int, least_rate: int = 0, charge: Charge = free
 ) -> AsyncGenerator[bytes, None]:
     """The body as it arrives, each piece charged before it is given.
 
@@ -79,12 +77,11 @@ async def chunks(
         rate.count(len(chunk))
         if received > max_bytes:
             raise TooLarge(f"the body has more than {max_bytes} bytes")
-        if charge is not None:
-            await charge(len(chunk))
+        await charge(len(chunk))
         yield chunk
 
 
-async def read_all(request: Request, max_bytes: int, least_rate: int = 0, charge: Charge | None = None) -> bytearray:
+async def read_all(request: Request, max_bytes: int, least_rate: int = 0, charge: Charge = free) -> bytearray:
     """The whole body. Raises as `chunks` does."""
     raw = bytearray()
     async for chunk in chunks(request, max_bytes, least_rate, charge):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from encode_server.errors import EncodeError
 from encode_server.pipeline.request import MediaItem
-from encode_server.runtime.bodies import Charge
+from encode_server.runtime.charge import Charge
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
 

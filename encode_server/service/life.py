@@ -15,10 +15,11 @@ from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotR
 from encode_server.pipeline.admission import Ticket
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.runtime.caller import CallerGone
+from encode_server.runtime.tracebacks import let_go
 from encode_server.service.caller import Ask, Caller
 from encode_server.service.destinations import Destination
 from encode_server.service.server import Server
-from encode_server.telemetry.logs import log_request
+from encode_server.telemetry.logs import log_request, quoted
 from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
@@ -49,14 +50,17 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             req_id = ask.req_id or uuid.uuid4().hex
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
-            request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages)
+            most = server.settings.max_answer_mb << 20
+            request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages, most)
             await _encode_and_deliver(server, caller, ask, request, record)
-    except CallerGone:
+    except CallerGone as gone:
         outcome = "gone"
+        let_go(gone)
     except EncodeError as error:
         outcome = error.code
         with contextlib.suppress(CallerGone):
             await caller.refuse(error, record.req_id)
+        let_go(error)
     server.metrics.count_request(record.modality, outcome)
     record.stages["total"] = time.perf_counter() - started
     log_request(record.req_id or "-", record.modality, outcome, record.items, record.tokens, record.stages)
@@ -115,10 +119,10 @@ async def _encode_and_deliver(
                 record.tokens = encoded.shape[0]
                 began = time.perf_counter()
                 if destination is None:
-                    async with server.undelivered.hold(caller.answer_bytes(encoded), patient=False):
+                    async with server.undelivered.hold(caller.answer_bytes(encoded), request.client, patient=False):
                         await caller.answer(request.req_id, encoded, server.settings.send_timeout_s)
                 else:
-                    async with server.undelivered.hold(encoded.nbytes, patient=server.patient):
+                    async with server.undelivered.hold(encoded.nbytes, request.client, patient=server.patient):
                         await destination.delivery.deliver(part, encoded)
                 spent = time.perf_counter() - began
                 request.spent("deliver", spent)
@@ -153,5 +157,5 @@ async def _until(deadline: float) -> AsyncIterator[None]:
 def _known(error: Exception, req_id: str) -> EncodeError:
     if isinstance(error, EncodeError):
         return error
-    log.error("request %s failed", req_id, exc_info=error)
+    log.error("request %s failed", quoted(req_id), exc_info=error)
     return EncodeError("an internal error, see the server's log")

@@ -87,7 +87,7 @@ class Server:
         self.patient = settings.engine == "sglang"
         self.admission = Admission(_admission_limits(settings), self.metrics)
         self.active = ActiveParts()
-        self.undelivered = Undelivered(settings.undelivered_mb << 20)
+        self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)
         self.fatal: str | None = None
         self.destinations: Destinations

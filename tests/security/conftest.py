@@ -18,7 +18,8 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(checkpoint, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("server")
-    options = ("--max-inflight-mb", "256", "--undelivered-mb", "16", "--media-allow", "127.0.0.1")
+    options = ("--max-inflight-mb", "256", "--undelivered-mb", "16", "--max-answer-mb", "24", "--send-timeout-s", "3")
+    options += ("--media-allow", "127.0.0.1")
     options += ("--ec-store", str(tmp / "store"), "--profile-dir", str(tmp / "profiles"))
     with LiveServer(checkpoint, tmp / "s", *options) as live:
         yield live.healthy()

@@ -15,13 +15,15 @@ from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.errors import BadRequest
 from encode_server.runtime.bodies import read_small
 
+MAX_RECEIVERS = 64  # ranks of one prefill; each costs a socket and a push
+
 
 class ReceiveUrl(msgspec.Struct):
     """`POST /scheduler_receive_url`: one rank's PULL socket, `host:port`, and how many ranks want this part."""
 
     req_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-    receive_url: str
-    receive_count: Annotated[int, msgspec.Meta(ge=1)]
+    receive_url: Annotated[str, msgspec.Meta(max_length=300)]
+    receive_count: Annotated[int, msgspec.Meta(ge=1, le=MAX_RECEIVERS)]
 
 
 def add_sglang_routes(
