@@ -12,6 +12,7 @@ from encode_server.app import create_app
 from encode_server.errors import StartupError
 from encode_server.runtime.connections import ConnectionLimits
 from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
+from encode_server.runtime.resolving import bound_look_ups
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
@@ -24,6 +25,7 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
     Raises StartupError when it cannot start as asked, or cannot go on.
     """
     logs.configure(settings.log_level)
+    bound_look_ups()
     failures: list[str] = []
     server: Uvicorn
 

@@ -44,8 +44,9 @@ class MediaSource:
         self._limits = limits
         self._executor = executor
 
-    async def fetch(self, url: str, charge: Charge = free) -> bytes:
+    async def fetch(self, url: str, charge: Charge = free, client: str = "") -> bytes:
         """The compressed bytes of the media that `url` names, at least one; each piece is charged before it is kept.
+        `client`: who asks, for fairness.
 
         Raises `Forbidden` for a source that the options do not allow, `TooLarge` beyond a limit, and `BadMedia` for a
         source that is malformed, cannot be reached, or doesn't arrive in time. Raises what `charge` raises.
@@ -54,7 +55,8 @@ class MediaSource:
         scheme = re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]{0,30}):", url)
         name = scheme[1].lower() if scheme else ""
         if name in ("http", "https"):
-            return await loop.run_in_executor(self._executor, b"".join, await self._web.get(url.strip(), charge))
+            pieces = await self._web.get(url.strip(), charge, client)
+            return await loop.run_in_executor(self._executor, b"".join, pieces)
         if name == "file" or self._files.is_path(url):
             media = await loop.run_in_executor(self._executor, self._files.read, url, self._limits)
             await charge(len(media))

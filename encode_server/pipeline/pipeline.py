@@ -138,7 +138,7 @@ class Pipeline:
     async def _fetch(self, request: EncodeRequest, item: MediaItem) -> bytes:
         if isinstance(item.source, bytes):
             return item.source
-        return await self._source.fetch(item.source, request.grow)
+        return await self._source.fetch(item.source, request.grow, request.client)
 
     async def _compute(
         self, request: EncodeRequest, route: Route, item: MediaItem, media: bytes, digest: str

@@ -10,6 +10,7 @@ from encode_server.route.app import create_route_app
 from encode_server.route.options import RouteOptions
 from encode_server.runtime.connections import ConnectionLimits
 from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
+from encode_server.runtime.resolving import bound_look_ups
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ MAX_CONNECTIONS = 4096
 def serve_route(options: RouteOptions) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status. Raises StartupError when the address cannot be had."""
     logs.configure("info")
+    bound_look_ups()
     with bind(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         log.info(

@@ -114,7 +114,7 @@ async def _encode_and_deliver(
             held.enter_context(server.active.hold(part.req_id, part.part_idx, ask.prefill_host))
         try:
             async with caller.until_gone(), _until(request.deadline):
-                destination = await server.destinations.resolve(ask, request.req_id, held)
+                destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
                 began = time.perf_counter()

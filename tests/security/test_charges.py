@@ -112,7 +112,7 @@ def test_a_failed_request_leaves_nothing_for_the_collector(failure):
     metrics = Metrics()
 
     class Source:
-        async def fetch(self, url, charge):
+        async def fetch(self, url, charge, client):
             return b"media"
 
     async def life() -> weakref.ref:
@@ -141,7 +141,7 @@ def test_a_failed_request_leaves_nothing_for_the_collector(failure):
         async def encode(request: EncodeRequest):
             return await pipeline.encode(request, route)
 
-        async def resolve(ask, req_id, held):
+        async def resolve(ask, req_id, client, held):
             return None
 
         server = SimpleNamespace(

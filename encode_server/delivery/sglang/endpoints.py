@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server.delivery.destinations import DestinationPolicy
-from encode_server.delivery.sglang.registrations import Registrations
+from encode_server.delivery.sglang.registrations import Offer, Registrations
 from encode_server.errors import BadRequest
 from encode_server.runtime.bodies import read_small
 
@@ -36,11 +36,11 @@ def add_sglang_routes(
 
     @router.post("/scheduler_receive_url", summary="A prefill rank says where it receives a part (SGLang)")
     async def scheduler_receive_url(request: Request) -> Response:
-        check_key(request)
+        client = check_key(request)
         body = await read_small(request, ReceiveUrl)
         host, port = _split(body.receive_url)
-        endpoint = await policy.endpoint(host, port, "receive_url")
-        registrations().register(body.req_id, endpoint, body.receive_count)
+        endpoint = await policy.endpoint(host, port, "receive_url", client)
+        registrations().register(body.req_id, Offer(endpoint, client), body.receive_count)
         return Response(b"null", media_type="application/json")
 
 
