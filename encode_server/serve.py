@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import resource
 import ssl
 from collections.abc import Callable
 
-import uvicorn
 import uvloop
 
 from encode_server import __version__
 from encode_server.app import create_app
 from encode_server.errors import StartupError
+from encode_server.runtime.connections import ConnectionLimits
 from encode_server.runtime.forkserver import Launched
-from encode_server.runtime.listening import Uvicorn, bind, until_signalled
+from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
+from encode_server.runtime.resolving import bound_look_ups
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
@@ -30,6 +30,7 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
     Raises StartupError when it cannot start as asked, or cannot go on.
     """
     logs.configure(settings.log_level)
+    bound_look_ups()
     failures: list[str] = []
     server: Uvicorn
 
@@ -38,21 +39,17 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
         server.should_exit = True
 
     _check_tls(settings)
-    # Each connection and fetch takes a descriptor; the usual soft limit of 1024 is for programs that use select().
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    connections = room_for_connections(settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         app = create_app(settings, fail, launched)
         server = Uvicorn(
-            uvicorn.Config(
+            config(
                 app,
-                http="httptools",
-                log_config=None,
-                access_log=False,
+                ConnectionLimits(connections=connections, unread_s=settings.send_timeout_s),
+                grace_s=settings.grace_s,
                 headers=[(VERSION_HEADER, __version__)],
                 ssl_certfile=settings.ssl_certfile,
                 ssl_keyfile=settings.ssl_keyfile,
-                timeout_graceful_shutdown=max(1, round(settings.grace_s)),
             )
         )
         host, port = listener.getsockname()[:2]

@@ -48,8 +48,17 @@ class Settings(BaseSettings):
     # HTTP.
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    max_connections: int = Field(
+        4096, ge=1, description="open connections; beyond it the one idle longest is closed for a new one"
+    )
     max_body_mb: int = Field(128, ge=1, description="largest request body")
     max_items: int = Field(256, ge=1, description="most media items in one request")
+    least_rate_kb: int = Field(
+        64,
+        ge=0,
+        description="KiB a second at which a client must send its body and take its answer, on average after 5 s; "
+        "0: any rate",
+    )
 
     api_keys: CommaList = Field(
         (),
@@ -109,7 +118,7 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="largest share of each of these three that one client (API key, address) may hold while others "
-        "are active",
+        "are active; of --undelivered-mb, always",
     )
     max_item_tokens: int = Field(
         131_072, ge=1, description="patches or mel frames of one item, as preprocessed; beyond it 413"
@@ -149,8 +158,9 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
 
     undelivered_mb: int = Field(
-        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429"
+        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429, one alone 413"
     )
+    max_answer_mb: int = Field(1024, ge=1, description="embeddings of one request; beyond it 413")
     sglang_receiver_module: str = Field(
         "sglang.srt.disaggregation.encoder.receiver",
         pattern=MODULE,

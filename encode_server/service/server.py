@@ -88,7 +88,7 @@ class Server:
         self.patient = settings.protocol == "sglang"
         self.admission = Admission(_admission_limits(settings), self.metrics)
         self.active = ActiveParts()
-        self.undelivered = Undelivered(settings.undelivered_mb << 20)
+        self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)
         self.fatal: str | None = None
         self.destinations: Destinations
@@ -136,7 +136,9 @@ class Server:
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
                 stack.callback(self.sglang.close)
-            self.destinations = Destinations(self.destination_policy, pusher, pools.send, self.sglang, store)
+            self.destinations = Destinations(
+                self.destination_policy, pusher, pools.send, self.sglang, store, keyed=bool(settings.api_keys)
+            )
             self.pools = pools
             stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             self._announcer.start(settings.advertise_port or self.port)
