@@ -30,11 +30,13 @@ ELSEWHERE = frozenset({429, 502, 503, 504})
 
 @dataclass(frozen=True)
 class EncoderState:
-    """What the pool knows of an encoder: `in_flight` counts the items it was given and has not answered."""
+    """What the pool knows of an encoder: `in_flight` counts the items it was given and has not answered, `work_s` is
+    how many seconds it will be busy with what it has."""
 
     url: str
     healthy: bool
     in_flight: int
+    work_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class EncoderPool:
     """Encoders of one model behind one `encode`; an async context manager, for any number of concurrent calls.
 
     `urls`: the encoders. `choice`: `content` sends the same media to the same encoder, whose cache then knows it,
-    `least_loaded` to the one with the fewest items in flight. `receiver`, `advertise`: have embeddings pushed to this
-    open receiver under this address (its own by default) instead of answered. `attempts`: how often a part may fail
+    unless another could begin much earlier; `least_loaded` to the encoder that could begin first. `receiver`,
+    `advertise`: have embeddings pushed to this open receiver under this address (its own by default) instead of
+    answered. `attempts`: how often a part may fail
     before its error is raised; being told to come later (429) and finding nobody listening don't count.
     `attempt_timeout`: seconds one encoder may take, None for as long as the call. `timeout`: seconds of a call that
     names none. `probe_s`: seconds between health probes of each encoder.
@@ -86,8 +89,11 @@ class EncoderPool:
     ) -> None:
         if isinstance(urls, str) or not urls:
             raise ValueError("urls is a list of encoders' URLs, at least one")
-        clients = [EncodeClient(url, api_key=api_key, timeout=timeout) for url in dict.fromkeys(urls)]
-        self._encoders = Encoders(clients, choice, probe_s)
+
+        def client(url: str) -> EncodeClient:
+            return EncodeClient(url, api_key=api_key, timeout=timeout)
+
+        self._encoders = Encoders(urls, client, choice, probe_s)
         self._receiver, self._advertise = receiver, advertise
         self._attempts, self._attempt_timeout, self._timeout = attempts, attempt_timeout, timeout
         self._watcher: asyncio.Task[None] | None = None
@@ -112,7 +118,7 @@ class EncoderPool:
     @property
     def encoders(self) -> tuple[EncoderState, ...]:
         """The encoders as they are now."""
-        return tuple(EncoderState(e.url, e.healthy, e.in_flight) for e in self._encoders.all)
+        return tuple(EncoderState(e.url, e.healthy, e.in_flight, e.work.seconds) for e in self._encoders.all)
 
     async def encode(
         self,

@@ -112,6 +112,7 @@ async def _encode_and_deliver(
                 destination = await server.destinations.resolve(ask, request.req_id, held)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
+                caller.item_tokens = request.encoded_tokens // len(request.items)
                 began = time.perf_counter()
                 if destination is None:
                     async with server.undelivered.hold(caller.answer_bytes(encoded), patient=False):
