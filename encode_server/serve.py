@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import ssl
 from collections.abc import Callable
 
 import uvicorn
@@ -13,6 +12,7 @@ import uvloop
 from encode_server.app import create_app
 from encode_server.errors import StartupError
 from encode_server.runtime.listening import Uvicorn, bind, until_signalled
+from encode_server.runtime.tls import check_tls
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
@@ -32,7 +32,7 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
         failures.append(reason)
         server.should_exit = True
 
-    _check_tls(settings)
+    check_tls(settings.ssl_certfile, settings.ssl_keyfile)
     # Each connection and fetch takes a descriptor; the usual soft limit of 1024 is for programs that use select().
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -59,16 +59,3 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
     if failures:
         raise StartupError(failures[0])
     return 0
-
-
-def _check_tls(settings: Settings) -> None:
-    """Say in one line what uvicorn would say in a traceback."""
-    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
-        raise StartupError("--ssl-certfile and --ssl-keyfile go together: one is missing")
-    if settings.ssl_certfile is not None:
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                settings.ssl_certfile, settings.ssl_keyfile
-            )
-        except (OSError, ssl.SSLError) as error:
-            raise StartupError(f"--ssl-certfile, --ssl-keyfile: {error.strerror or error}") from None

@@ -19,11 +19,10 @@ from encode_server.service.life import serve_encode
 from encode_server.service.server import Server
 from encode_server.telemetry.logs import log_request
 from encode_server.wire.embedding import Encoded
+from encode_server.wire.headers import ERRORS_HEADER, QUIET, TIMEOUT_HEADER
 from encode_server.wire.load import COST_HEADER, load_headers
 
 log = logging.getLogger(__name__)
-
-TIMEOUT_HEADER = "X-Encode-Timeout-S"
 
 
 class EncodeEndpoint:
@@ -56,6 +55,7 @@ class HttpCaller:
         self._binary = answers.OCTETS in request.headers.get("accept", "")
         self.client = server.keys.client(request)
         self.asked_timeout_s = _asked_timeout(request)
+        self.quiet = request.headers.get(ERRORS_HEADER) == QUIET
         self.declared_bytes = declared_length(request)
         if "transfer-encoding" in request.headers:
             self.declared_bytes = server.settings.max_body_mb << 20  # the body may be that long

@@ -87,8 +87,8 @@ class EncoderPool:
         timeout: float = 120.0,
         probe_s: float = 5.0,
     ) -> None:
-        if isinstance(urls, str) or not urls:
-            raise ValueError("urls is a list of encoders' URLs, at least one")
+        if isinstance(urls, str):
+            raise ValueError("urls is a list of encoders' URLs")
 
         def client(url: str) -> EncodeClient:
             return EncodeClient(url, api_key=api_key, timeout=timeout)
@@ -119,6 +119,11 @@ class EncoderPool:
     def encoders(self) -> tuple[EncoderState, ...]:
         """The encoders as they are now."""
         return tuple(EncoderState(e.url, e.healthy, e.in_flight, e.work.seconds) for e in self._encoders.all)
+
+    @property
+    def members(self) -> Encoders:
+        """The encoders, for those who add and remove some."""
+        return self._encoders
 
     async def encode(
         self,
@@ -158,9 +163,26 @@ class EncoderPool:
             )
             return receipt.items
 
-        parts = await self._spread(media, req_id or uuid.uuid4().hex, timeout, stored)
-        by_index = {i: info for part in parts for i, info in zip(part.indices, part.result, strict=True)}
-        return tuple(by_index[i] for i in range(len(media)))
+        return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, stored))
+
+    async def warm(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        req_id: str | None = None,
+        timeout: float | None = None,
+    ) -> tuple[ItemInfo, ...]:
+        """Have each item encoded into the cache of the encoder that the same item will be sent to later (see
+        `EncodeClient.warm`)."""
+
+        async def warmed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
+            receipt = await attempt.client.warm(
+                attempt.media, modality, req_id=attempt.name, timeout_s=attempt.timeout_s
+            )
+            return receipt.items
+
+        return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, warmed))
 
     async def _spread(
         self, media: Sequence[Media], req_id: str, timeout: float | None, send: _Send[T]
@@ -259,6 +281,12 @@ class EncoderPool:
     def _nobody_well(self) -> str:
         sick = [encoder.url for encoder in self._encoders.all if not encoder.healthy]
         return f"{len(sick)} of {len(self._encoders.all)} encoders are sick" + (f": {', '.join(sick)}" if sick else "")
+
+
+def _item_infos(count: int, parts: list[_Part[tuple[ItemInfo, ...]]]) -> tuple[ItemInfo, ...]:
+    """What is known of each item, in the order of the items."""
+    by_index = {i: info for part in parts for i, info in zip(part.indices, part.result, strict=True)}
+    return tuple(by_index[i] for i in range(count))
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -42,6 +42,9 @@ class Caller(Protocol):
     asked_timeout_s: float | None
     """The deadline that the transport, not the body, names."""
 
+    quiet: bool
+    """Errors are for the caller alone, who may try another server: destinations are not told."""
+
     item_tokens: int | None
     """Encoder tokens that each of the request's items cost on average, once that is known: the answer says so."""
 

@@ -129,6 +129,8 @@ async def _encode_and_deliver(
             raise
         except Exception as error:
             known = _known(error, request.req_id)
+            if caller.quiet:
+                raise known from None
             if destination is not None:
                 await destination.delivery.fail(part, known)
             if server.patient and ask.prefill_host is not None:
