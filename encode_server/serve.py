@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
 from collections.abc import Callable
 
 import uvloop
@@ -15,6 +14,7 @@ from encode_server.runtime.connections import ConnectionLimits
 from encode_server.runtime.forkserver import Launched
 from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
 from encode_server.runtime.resolving import bound_look_ups
+from encode_server.runtime.tls import check_tls
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
@@ -38,7 +38,7 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
         failures.append(reason)
         server.should_exit = True
 
-    _check_tls(settings)
+    check_tls(settings.ssl_certfile, settings.ssl_keyfile)
     connections = room_for_connections(settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         app = create_app(settings, fail, launched)
@@ -62,16 +62,3 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
     if failures:
         raise StartupError(failures[0])
     return 0
-
-
-def _check_tls(settings: Settings) -> None:
-    """Say in one line what uvicorn would say in a traceback."""
-    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
-        raise StartupError("--ssl-certfile and --ssl-keyfile go together: one is missing")
-    if settings.ssl_certfile is not None:
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                settings.ssl_certfile, settings.ssl_keyfile
-            )
-        except (OSError, ssl.SSLError) as error:
-            raise StartupError(f"--ssl-certfile, --ssl-keyfile: {error.strerror or error}") from None

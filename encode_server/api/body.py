@@ -71,6 +71,7 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         prefill_host=body.prefill_host,
         embedding_port=body.embedding_port,
         stored=body.delivery == "ec_store",
+        cached=body.delivery == "cache",
         timeout_s=body.timeout_s,
     )
 

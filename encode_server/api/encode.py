@@ -21,10 +21,10 @@ from encode_server.service.life import serve_encode
 from encode_server.service.server import Server
 from encode_server.telemetry.logs import log_request, quoted
 from encode_server.wire.embedding import Encoded
+from encode_server.wire.headers import ERRORS_HEADER, QUIET, TIMEOUT_HEADER
+from encode_server.wire.load import COST_HEADER, load_headers
 
 log = logging.getLogger(__name__)
-
-TIMEOUT_HEADER = "X-Encode-Timeout-S"
 
 
 class EncodeEndpoint:
@@ -53,9 +53,11 @@ class HttpCaller:
     def __init__(self, server: Server, request: Request, send: Send) -> None:
         self._server, self._request, self._send = server, request, send
         self._answering = False
+        self.item_tokens: int | None = None
         self._binary = answers.OCTETS in request.headers.get("accept", "")
         self.client = server.keys.client(request)
         self.asked_timeout_s = _asked_timeout(request)
+        self.quiet = request.headers.get(ERRORS_HEADER) == QUIET
         self.declared_bytes = declared_length(request)
         if "transfer-encoding" in request.headers:
             self.declared_bytes = server.settings.max_body_mb << 20  # the body may be that long
@@ -79,6 +81,7 @@ class HttpCaller:
         build = answers.safetensors_body if self._binary else answers.json_body
         body = build(req_id, encoded)
         headers = [(b"content-type", body.media_type.encode()), (b"content-length", str(body.size).encode())]
+        headers += [(name.lower().encode(), value.encode()) for name, value in self._load_headers().items()]
         self._answering = True
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         sent, rate = 0, LeastRate(self._server.settings.least_rate_kb << 10)
@@ -100,13 +103,21 @@ class HttpCaller:
     async def confirm(self, req_id: str, encoded: Encoded, *, silent: bool) -> None:
         """See `Caller`."""
         response = answers.nothing() if silent else answers.delivered(req_id, encoded)
+        response.headers.update(self._load_headers())
         await response(self._request.scope, self._request.receive, self._send)
 
     async def refuse(self, error: EncodeError, req_id: str | None) -> None:
         """See `Caller`."""
         if not self._answering:
             response = answers.error_answer(error, req_id)
+            response.headers.update(self._load_headers())
             await response(self._request.scope, self._request.receive, self._send)
+
+    def _load_headers(self) -> dict[str, str]:
+        headers = load_headers(self._server.load())
+        if self.item_tokens is not None:
+            headers[COST_HEADER] = str(self.item_tokens)
+        return headers
 
 
 def _asked_timeout(request: Request) -> float | None:

@@ -43,7 +43,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     part_idx: Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)] = 0
     prefill_host: Annotated[str, msgspec.Meta(max_length=255)] | None = None
     embedding_port: Port | Annotated[list[Port], msgspec.Meta(min_length=1, max_length=MAX_PORTS)] | None = None
-    delivery: Literal["ec_store"] | None = None
+    delivery: Literal["ec_store", "cache"] | None = None
     timeout_s: Seconds | None = None
 
     def checked_modality(self) -> Modality:

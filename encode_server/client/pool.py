@@ -30,11 +30,13 @@ ELSEWHERE = frozenset({429, 502, 503, 504})
 
 @dataclass(frozen=True)
 class EncoderState:
-    """What the pool knows of an encoder: `in_flight` counts the items it was given and has not answered."""
+    """What the pool knows of an encoder: `in_flight` counts the items it was given and has not answered, `work_s` is
+    how many seconds it will be busy with what it has."""
 
     url: str
     healthy: bool
     in_flight: int
+    work_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class EncoderPool:
     """Encoders of one model behind one `encode`; an async context manager, for any number of concurrent calls.
 
     `urls`: the encoders. `choice`: `content` sends the same media to the same encoder, whose cache then knows it,
-    `least_loaded` to the one with the fewest items in flight. `receiver`, `advertise`: have embeddings pushed to this
-    open receiver under this address (its own by default) instead of answered. `attempts`: how often a part may fail
+    unless another could begin much earlier; `least_loaded` to the encoder that could begin first. `receiver`,
+    `advertise`: have embeddings pushed to this open receiver under this address (its own by default) instead of
+    answered. `attempts`: how often a part may fail
     before its error is raised; being told to come later (429) and finding nobody listening don't count.
     `attempt_timeout`: seconds one encoder may take, None for as long as the call. `timeout`: seconds of a call that
     names none. `probe_s`: seconds between health probes of each encoder.
@@ -84,10 +87,13 @@ class EncoderPool:
         timeout: float = 120.0,
         probe_s: float = 5.0,
     ) -> None:
-        if isinstance(urls, str) or not urls:
-            raise ValueError("urls is a list of encoders' URLs, at least one")
-        clients = [EncodeClient(url, api_key=api_key, timeout=timeout) for url in dict.fromkeys(urls)]
-        self._encoders = Encoders(clients, choice, probe_s)
+        if isinstance(urls, str):
+            raise ValueError("urls is a list of encoders' URLs")
+
+        def client(url: str) -> EncodeClient:
+            return EncodeClient(url, api_key=api_key, timeout=timeout)
+
+        self._encoders = Encoders(urls, client, choice, probe_s)
         self._receiver, self._advertise = receiver, advertise
         self._attempts, self._attempt_timeout, self._timeout = attempts, attempt_timeout, timeout
         self._watcher: asyncio.Task[None] | None = None
@@ -112,7 +118,12 @@ class EncoderPool:
     @property
     def encoders(self) -> tuple[EncoderState, ...]:
         """The encoders as they are now."""
-        return tuple(EncoderState(e.url, e.healthy, e.in_flight) for e in self._encoders.all)
+        return tuple(EncoderState(e.url, e.healthy, e.in_flight, e.work.seconds) for e in self._encoders.all)
+
+    @property
+    def members(self) -> Encoders:
+        """The encoders, for those who add and remove some."""
+        return self._encoders
 
     async def encode(
         self,
@@ -152,9 +163,26 @@ class EncoderPool:
             )
             return receipt.items
 
-        parts = await self._spread(media, req_id or uuid.uuid4().hex, timeout, stored)
-        by_index = {i: info for part in parts for i, info in zip(part.indices, part.result, strict=True)}
-        return tuple(by_index[i] for i in range(len(media)))
+        return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, stored))
+
+    async def warm(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        req_id: str | None = None,
+        timeout: float | None = None,
+    ) -> tuple[ItemInfo, ...]:
+        """Have each item encoded into the cache of the encoder that the same item will be sent to later (see
+        `EncodeClient.warm`)."""
+
+        async def warmed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
+            receipt = await attempt.client.warm(
+                attempt.media, modality, req_id=attempt.name, timeout_s=attempt.timeout_s
+            )
+            return receipt.items
+
+        return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, warmed))
 
     async def _spread(
         self, media: Sequence[Media], req_id: str, timeout: float | None, send: _Send[T]
@@ -253,6 +281,12 @@ class EncoderPool:
     def _nobody_well(self) -> str:
         sick = [encoder.url for encoder in self._encoders.all if not encoder.healthy]
         return f"{len(sick)} of {len(self._encoders.all)} encoders are sick" + (f": {', '.join(sick)}" if sick else "")
+
+
+def _item_infos(count: int, parts: list[_Part[tuple[ItemInfo, ...]]]) -> tuple[ItemInfo, ...]:
+    """What is known of each item, in the order of the items."""
+    by_index = {i: info for part in parts for i, info in zip(part.indices, part.result, strict=True)}
+    return tuple(by_index[i] for i in range(count))
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -50,6 +50,11 @@ class EncodeRequest:
         self.stages[stage] = max(self.stages.get(stage, 0.0), seconds)
 
     @property
+    def encoded_tokens(self) -> int:
+        """Encoder tokens that this request has cost so far: what the cache had cost nothing."""
+        return self.ticket.tokens if self.ticket else 0
+
+    @property
     def client(self) -> str:
         """Who asked, for fairness."""
         return self.ticket.client if self.ticket else ""

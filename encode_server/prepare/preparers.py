@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -37,6 +38,7 @@ OVERTIME = 1.5  # times `decode_s`: the decoders check the time themselves where
 PLACE_S = 30.0  # longest time for copying tensors into the arena
 IDLE_S = 3.0  # a process that works on an item and has neither run nor waited for a core for so long is stopped
 WATCH_S = 0.5
+ITEM_WEIGHT = 0.05  # of one item in the mean of the items' processor time
 MAX_BARREN = 5  # processes in a row that ended before they could prepare anything
 SIGKILL_DEATHS, OTHER_DEATHS = 3, 2  # of processes, until an item that was alone in the last one is to blame
 
@@ -65,6 +67,7 @@ class Preparers:
         self._queue = PreparingQueue(spec.threads * spec.processes)
         self._pickles: dict[int, tuple[m.Pickle, asyncio.Future[m.Pickled]]] = {}
         self._held_bytes = 0
+        self._item_s = 0.0  # processor time of an item, on average
         self._turn = 0
         self._ready = asyncio.Event()
         self._closed: str | None = None
@@ -83,6 +86,12 @@ class Preparers:
     def queued(self) -> int:
         """Items that wait for a thread."""
         return len(self._queue)
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until what waits for a thread has been prepared, by the time that items have taken so far."""
+        threads = min(self._spec.threads * self._spec.processes, len(os.sched_getaffinity(0)))
+        return len(self._queue) * self._item_s / threads
 
     def oldest_s(self) -> float | None:
         """How long the longest preparation in progress has taken, health probes aside; None when there is none."""
@@ -317,6 +326,7 @@ class Preparers:
                 process.prepared_any = True
                 self._metrics.spend("decode", decode_s)
                 self._metrics.spend("preprocess", preprocess_s)
+                self._item_s += (decode_s + preprocess_s - self._item_s) * (ITEM_WEIGHT if self._item_s else 1.0)
                 job = process.jobs[number]
                 job.stage = Stage.HELD
                 self._hold(job, item.nbytes)

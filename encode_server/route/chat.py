@@ -55,6 +55,14 @@ def name_parts(parts: list[MediaPart], video_fps: float) -> dict[Modality, list[
     return {modality: list(named.values()) for modality, named in items.items()}
 
 
+def media_items(parts: list[MediaPart]) -> dict[Modality, list[Item]]:
+    """What has to be encoded, the same media once, exactly as an engine will ask for it."""
+    items: dict[Modality, dict[str, Item]] = {}
+    for found in parts:
+        items.setdefault(found.modality, {})[found.source] = Item(found.source)
+    return {modality: list(named.values()) for modality, named in items.items()}
+
+
 def _parts(message: Any) -> Iterator[dict[str, Any]]:
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):

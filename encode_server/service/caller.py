@@ -16,7 +16,8 @@ from encode_server.wire.modality import Modality
 @dataclass(frozen=True)
 class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
-    does not say. `stored`: the embedding is to be written to the store."""
+    does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
+    cache, and the answer says only what it is like."""
 
     req_id: str | None
     modality: Modality
@@ -26,6 +27,7 @@ class Ask:
     prefill_host: str | None = None
     embedding_port: int | list[int] | None = None
     stored: bool = False
+    cached: bool = False
     timeout_s: float | None = None
 
 
@@ -40,6 +42,12 @@ class Caller(Protocol):
 
     asked_timeout_s: float | None
     """The deadline that the transport, not the body, names."""
+
+    quiet: bool
+    """Errors are for the caller alone, who may try another server: destinations are not told."""
+
+    item_tokens: int | None
+    """Encoder tokens that each of the request's items cost on average, once that is known: the answer says so."""
 
     async def read(self, charge: Charge) -> Ask:
         """Read and parse the body, charging what arrives before it is kept. Raises EncodeError, CallerGone."""

@@ -6,7 +6,7 @@ import contextlib
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from encode_server.delivery.base import Delivery
+from encode_server.delivery.base import Delivery, Kept
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.native import NativePush
 from encode_server.delivery.push import Pusher
@@ -49,6 +49,10 @@ class Destinations:
 
         Raises BadRequest, Forbidden, DeliveryFailed.
         """
+        if ask.cached:
+            if ask.prefill_host is not None or ask.embedding_port is not None:
+                raise BadRequest("delivery is 'cache', which goes without prefill_host and embedding_port")
+            return Destination(Kept())
         if ask.stored:
             return Destination(self._to_store(ask))
         if self._sglang is not None and ask.prefill_host is not None:

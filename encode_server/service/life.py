@@ -117,6 +117,7 @@ async def _encode_and_deliver(
                 destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
+                caller.item_tokens = request.encoded_tokens // len(request.items)
                 began = time.perf_counter()
                 if destination is None:
                     async with server.undelivered.hold(caller.answer_bytes(encoded), request.client, patient=False):
@@ -133,6 +134,8 @@ async def _encode_and_deliver(
             raise
         except Exception as error:
             known = _known(error, request.req_id)
+            if caller.quiet:
+                raise known from None
             if destination is not None:
                 await destination.delivery.fail(part, known)
             if server.patient and ask.prefill_host is not None:

@@ -49,6 +49,7 @@ from encode_server.settings import PRELOAD, Settings, preload_argument
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
+from encode_server.wire.load import Load
 from encode_server.wire.modality import Modality
 from encode_server.wire.preparers import Pickled, PreparerSetup
 
@@ -210,13 +211,27 @@ class Server:
             return "the encoder is warming up"
         return None
 
+    def load(self) -> Load:
+        """How much work there is, for those who choose among servers."""
+        if (encoding := self._encoding) is None:
+            return Load(0.0)
+        backlog_s = encoding.batcher.backlog_s + encoding.preparers.backlog_s
+        held = self.admission.held.requests
+        if self.admission.waiting and held:
+            # Who waits at the door brings as much work, on average, as those inside.
+            backlog_s *= 1 + self.admission.waiting / held
+        return Load(backlog_s, encoding.batcher.capacity)
+
     async def health(self) -> Verdict:
         """Encode something, or judge what is being encoded; see `HealthProbe`."""
         if self._encoding is None or self.fatal is not None:
             reason = self.fatal or "loading"
             engine = "failed" if self.fatal else "loading"
             return Verdict(False, {"status": "unhealthy", "reason": reason, "engine": engine, "ranks": {}})
-        return await self._encoding.health.check()
+        verdict = await self._encoding.health.check()
+        load = self.load()
+        verdict.document |= {"backlog_seconds": round(load.backlog_s, 4), "capacity": load.capacity}
+        return verdict
 
     def render_metrics(self) -> bytes:
         """Prometheus text, its gauges brought up to date."""
@@ -229,6 +244,9 @@ class Server:
         metrics.arena_size.set(self._arena.size)
         states = ["dead"] * self.settings.tp
         if (encoding := self._encoding) is not None:
+            load = self.load()
+            metrics.backlog.set(load.backlog_s)
+            metrics.capacity.set(load.capacity or 0)
             metrics.queued.set(encoding.batcher.queued)
             metrics.in_flight.set(encoding.batcher.in_flight)
             metrics.cache_bytes.set(encoding.cache.bytes)
