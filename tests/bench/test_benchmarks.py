@@ -58,7 +58,7 @@ def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys, monk
         assert slot["cpu_s_per_item"]["ranks"] > 0
         assert slot["cpu_s_per_item"]["loop"] > 0
         stages = slot["stage_cpu_s"]
-        assert set(stages) == {"fetch", "decode", "preprocess", "copy", "forward", "deliver"}
+        assert set(stages) == {"front", "decode", "preprocess", "copy", "messages", "forward"}
         assert all(seconds > 0 for seconds in stages.values())
     assert {"decode_s", "preprocess_s", "forward_s", "total_s"} <= set(measured["ours"][0]["bare"])
     assert picture.read_text().lstrip().startswith("<?xml")
