@@ -146,9 +146,15 @@ def floor(kind: str, model: Path, device: str, dtype: str, threads: int) -> Iter
 
 
 @contextlib.contextmanager
-def server(command: list[str], *, ready_path: str = "/readyz", timeout_s: float = 900) -> Iterator[ServerProcess]:
+def server(
+    command: list[str],
+    *,
+    ready_path: str = "/readyz",
+    timeout_s: float = 900,
+    environment: dict[str, str] | None = None,
+) -> Iterator[ServerProcess]:
     """A server, ended after the block."""
-    process = ServerProcess(command, ready_path=ready_path, timeout_s=timeout_s)
+    process = ServerProcess(command, ready_path=ready_path, timeout_s=timeout_s, environment=environment)
     try:
         yield process
     finally:
