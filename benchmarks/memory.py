@@ -88,7 +88,7 @@ def memory_table(found: dict[str, list[dict[str, Any]]]) -> Table:
     """Memory by process of the last round, and the sum over all processes as a median of all rounds."""
     table = Table(
         title="Demo: MB by process a second after the first good /health",
-        caption="PSS: a page that several processes map counts for each in equal parts, so that the sum is what is used",
+        caption="PSS: a page that several processes map counts for each in equal parts; the sum is what is used",
         min_width=100,
     )
     for column in ("", "process", "RSS", "PSS", "its own"):
