@@ -21,6 +21,8 @@ from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
 
+ENTRY = "encode_server.engine.rank:main"
+
 LOOK_S = 1.0
 """Seconds from which a command is looked at closely: /proc is not read for those that end sooner."""
 
@@ -192,7 +194,7 @@ class RankGroup:
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)
-        await peer.start(self._forkserver, f"rank {index}", "encode_server.engine.rank:main", argument, fds)
+        await peer.start(self._forkserver, f"rank {index}", ENTRY, argument, fds)
         peer.exited.add_done_callback(lambda exited: self._on_exit(index, rank, exited.result()))
 
     async def _call(self, command: m.Acknowledged, expected_s: float | None = None) -> list[m.Done]:

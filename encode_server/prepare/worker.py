@@ -105,7 +105,7 @@ class Worker:
         try:
             with self._charged(command, media):
                 prepared = self._preprocessor.prepare(command.modality, media, command.options, on_decoded)
-            item, tensors = _described(prepared, self._preprocessor.split(prepared, command.max_cost))
+            item, tensors = described(prepared, self._preprocessor.split(prepared, command.max_cost))
         except EncodeError as error:
             code, message = error.code, error.message
             out_of_memory = _is_memory(error.__cause__)
@@ -159,7 +159,7 @@ class Worker:
         self._channel.post(m.encode(m.Placed(job, time.thread_time() - started)))
 
 
-def _described(prepared: Prepared, pieces: Sequence[Prepared]) -> tuple[m.PreparedItem, list[torch.Tensor]]:
+def described(prepared: Prepared, pieces: Sequence[Prepared]) -> tuple[m.PreparedItem, list[torch.Tensor]]:
     """What the front is told of an item, and the item's tensors in the order in which they will lie in the arena."""
     described, tensors, offset = [], [], 0
     for piece in pieces:
