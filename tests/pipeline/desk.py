@@ -98,7 +98,10 @@ async def desk(
     running = asyncio.create_task(batcher.run())
     try:
         yield Desk(engine, batcher, arena, metrics, running)
+        if engine.gone is None:
+            await engine.wait_ready()
         await settle()
+        assert not arena.violations, "a slot was released while ranks may touch it"
         assert arena.used == 0, "something was not given back"
     finally:
         running.cancel()

@@ -81,7 +81,7 @@ class StandInEngine:
                     batch.outcome.set_result([done])
                 case GroupLost() as lost:
                     self.lose(suspect=lost.suspect, out_of_memory=lost.out_of_memory)
-                    asyncio.get_running_loop().call_soon(self.recover)
+                    asyncio.get_running_loop().call_later(0.001, self.recover)
         return await asyncio.shield(batch.outcome)
 
     def lose(self, *, suspect: bool = True, out_of_memory: bool = False) -> None:
@@ -119,15 +119,15 @@ class StandInEngine:
 
 
 class WatchedArena(Arena):
-    """An arena that insists on the invariant: no slot goes back while ranks may touch it."""
+    """An arena that counts violations of the invariant: no slot goes back while ranks may touch it."""
 
     def __init__(self, size: int, engine: StandInEngine) -> None:
         super().__init__(size, reserve=64 << 10)
         self._engine = engine
         self.watched = True
+        self.violations = 0  # an exception might be lost with the task that releases
 
     def release(self, *slots: Slot) -> None:
         """Give slots back."""
-        if self.watched:
-            assert not any(map(self._engine.touches, slots)), "a slot was released while ranks may touch it"
+        self.violations += self.watched and any(map(self._engine.touches, slots))
         super().release(*slots)

@@ -245,6 +245,23 @@ def test_what_is_abandoned_with_lost_ranks_keeps_its_room_until_they_are_gone() 
     run(scenario)
 
 
+def test_what_is_refused_for_ending_the_ranks_keeps_its_room_until_they_are_gone() -> None:
+    async def scenario(d: Desk) -> None:
+        await d.submit("poison", 10)
+        await settle()
+        d.engine.lose()
+        d.engine.recover()
+        await settle()
+        d.engine.lose()
+        assert await d.ended("poison") == "encode_failed"
+        assert d.arena.used > 0
+        d.engine.recover()
+        await settle()
+        assert d.arena.used == 0
+
+    run(scenario)
+
+
 def test_a_large_item_in_pieces_is_done_when_its_last_piece_is() -> None:
     async def scenario(d: Desk) -> None:
         job = await d.submit("film", 90, 90, 90)

@@ -96,6 +96,6 @@ def test_each_job_ends_exactly_once_and_everything_is_given_back(story: list[tup
                     assert [encoded[id(piece.item)] for piece in job.pieces] == [1] * len(job.pieces)
                 job.release()
             await settle()
-            assert d.arena.used == 0 and d.batcher.queued == 0
+            assert d.arena.used == d.arena.violations == d.batcher.queued == 0
 
     asyncio.run(scenario())
