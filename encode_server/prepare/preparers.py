@@ -70,6 +70,7 @@ class _Job:
     overtime: bool = False
     held: int = 0  # bytes of its tensors that wait in the process for room
     process: _Process | None = None
+    forgotten: bool = False  # the caller has gone
     step: asyncio.Future[m.PreparedItem | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -92,7 +93,8 @@ class _Process:
     ready: bool = False
     prepared_any: bool = False
     failure: str = ""
-    stalled: bool = False  # killed by this room, for standing still
+    stalled: bool = False  # killed by this room, for a copy that did not end
+    hung: bool = False  # killed by this room, for standing still
     active_s: float = 0.0
     active_at: float = 0.0
 
@@ -103,6 +105,19 @@ class _Process:
     @property
     def exclusive(self) -> bool:
         return any(job.alone for job in self.preparing)
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A `Pickle` that was sent to a process."""
+
+    process: _Process
+    answer: asyncio.Future[m.Pickled] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def fail(self, error: Exception) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # the caller may be gone
 
 
 @dataclass(frozen=True)
@@ -126,7 +141,7 @@ class Preparers:
         self._short: deque[_Job] = deque()
         self._long: deque[_Job] = deque()
         self._isolated: deque[_Job] = deque()
-        self._pickles: dict[int, tuple[m.Pickle, asyncio.Future[m.Pickled]]] = {}
+        self._pickles: dict[int, _Asked] = {}
         self._held_bytes = 0
         self._turn = 0
         self._ready = asyncio.Event()
@@ -172,9 +187,22 @@ class Preparers:
             raise StartupError(str(errors.exceptions[0])) from None
         finally:
             self._closed = "the server is stopping"
-            for job in (*self._short, *self._long, *self._isolated):
-                job.fail(NotReady(self._closed))
-            self._context.destroy(linger=0)
+            await self._close(NotReady(self._closed))
+
+    async def _close(self, error: NotReady) -> None:
+        """End the processes, then everything that was asked of them: by then no process writes into the arena."""
+        processes = list(self._processes.values())
+        self._processes.clear()
+        self._ready.clear()
+        await asyncio.gather(*(process.peer.close() for process in processes))
+        jobs = [job for process in processes for job in process.jobs.values()]
+        for job in (*jobs, *self._short, *self._long, *self._isolated):
+            job.process = None
+            job.fail(error)
+        for asked in self._pickles.values():
+            asked.fail(error)
+        self._ready.set()  # who waits for a process sees that none will come
+        self._context.destroy(linger=0)
 
     async def prepare(
         self,
@@ -212,16 +240,25 @@ class Preparers:
     async def pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> m.Pickled:
         """The pickle programs of torch objects, see `wire.preparers.Pickle`."""
         number = next(self._numbers)
-        future: asyncio.Future[m.Pickled] = asyncio.get_running_loop().create_future()
-        self._pickles[number] = (m.Pickle(number, dtype, grid, seconds), future)
+        command = m.Pickle(number, dtype, grid, seconds)
         try:
-            while not self._workers():
-                await self._ready.wait()
-            process = min(self._workers(), key=lambda process: len(process.jobs))
-            process.peer.link.send(m.encode(self._pickles[number][0]))
-            return await future
+            while True:
+                await self._until_workers()
+                asked = self._pickles[number] = _Asked(min(self._workers(), key=lambda process: len(process.jobs)))
+                asked.process.peer.link.send(m.encode(command))
+                try:
+                    return await asked.answer
+                except _ProcessLost:
+                    continue
         finally:
-            del self._pickles[number]
+            self._pickles.pop(number, None)
+
+    async def _until_workers(self) -> None:
+        """Return once a process can work. Raises NotReady when none will again."""
+        while not self._workers():
+            if self._closed is not None:
+                raise NotReady(self._closed)
+            await self._ready.wait()
 
     async def _until_held(self, job: _Job) -> m.PreparedItem:
         if self._closed is not None:
@@ -229,8 +266,7 @@ class Preparers:
         step = job.next_step()
         job.stage, job.process = Stage.QUEUED, None
         if job.command.express:
-            while not self._workers():
-                await self._ready.wait()
+            await self._until_workers()
             self._begin(job, self._for_express())
         else:
             queue = self._isolated if job.alone else self._long if job.long else self._short
@@ -269,6 +305,7 @@ class Preparers:
         process = job.process
         if process is None or job.number not in process.jobs:
             return
+        job.forgotten = True
         process.peer.link.send(m.encode(m.Drop(job.number)))
         if job.stage is Stage.HELD:
             self._end(job)
@@ -350,8 +387,12 @@ class Preparers:
             process = await self._start(index)
             code = await process.peer.exited
             await process.peer.close()
+            blamed = bool(self._shared(process))
             self._on_exit(process, code)
-            barren = 0 if process.prepared_any else barren + 1
+            if process.prepared_any:
+                barren = 0
+            elif not blamed:  # or a few items that crash their decoders would end the server
+                barren += 1
             if process.failure and barren:
                 raise StartupError(process.failure)
             if barren > MAX_BARREN:
@@ -394,13 +435,16 @@ class Preparers:
             case m.Failed(message):
                 process.failure = message
             case m.Pickled(number):
-                if (asked := self._pickles.get(number)) is not None and not asked[1].done():
-                    asked[1].set_result(event)
+                if (asked := self._pickles.get(number)) is not None and not asked.answer.done():
+                    asked.answer.set_result(event)
             case m.Prepared(number, item, decode_s, preprocess_s):
                 process.prepared_any = True
                 self._metrics.spend("decode", decode_s)
                 self._metrics.spend("preprocess", preprocess_s)
                 job = process.jobs[number]
+                if job.forgotten:  # prepared before the preparer read that nobody wants the item
+                    self._end(job)
+                    return
                 job.stage = Stage.HELD
                 self._hold(job, item.nbytes)
                 if not job.step.done():
@@ -440,9 +484,9 @@ class Preparers:
             self._hold(job, 0)
             job.process = None
             job.fail(self._verdict(job, suspects, process, code) or _ProcessLost())
-        for command, future in self._pickles.values():
-            if not future.done() and (workers := self._workers()):
-                workers[0].peer.link.send(m.encode(command))
+        for asked in self._pickles.values():
+            if asked.process is process:
+                asked.fail(_ProcessLost())
         self._dispatch()
 
     def _verdict(self, job: _Job, suspects: list[_Job], process: _Process, code: int) -> EncodeError | None:
@@ -455,7 +499,7 @@ class Preparers:
         needed = SIGKILL_DEATHS if code == -signal.SIGKILL else OTHER_DEATHS
         if job.alone and job.deaths >= needed:
             log.warning("an item ended %d preparers (%s): refusing it", job.deaths, _how(code))
-            return BadMedia("its decoder crashed")
+            return BadMedia("its decoder hangs" if process.hung else "its decoder crashed")
         job.alone = True
         return None
 
@@ -482,7 +526,7 @@ class Preparers:
                     if active != process.active_s or not active:  # 0: this kernel does not say
                         process.active_s, process.active_at = active, now
                     elif now - process.active_at > IDLE_S:
-                        process.stalled = True
+                        process.hung = True
                         log.error("preparer %d stands still", process.index)
                         process.peer.kill()
 

@@ -19,6 +19,7 @@ from encode_server.pipeline.request import EncodeRequest
 from encode_server.wire.embedding import Encoded, EncodedItem
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
+from tests.pipeline.desk import until
 
 MEDIA = {Modality.IMAGE: b"image", Modality.AUDIO: b"audio"}
 
@@ -27,7 +28,7 @@ class House:
     """A probe, and stand-ins for everything it looks at."""
 
     def __init__(self) -> None:
-        self.encodes = 0
+        self.encodes = self.waiting = 0
         self.gate = asyncio.Event()  # encodes wait for it
         self.gate.set()
         self.error: Exception | None = None
@@ -47,7 +48,9 @@ class House:
         """The pipeline's."""
         assert route.express and route.cache is None
         self.encodes += 1
+        self.waiting += 1
         await self.gate.wait()
+        self.waiting -= 1
         if self.error is not None:
             raise self.error
         item = EncodedItem(ItemInfo(2, None, ""), {}, memoryview(self.values.tobytes()))
@@ -60,10 +63,11 @@ class House:
         return str((await self.probe.check()).document["reason"])
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For encodes that do not end: nobody wants to wait 1.5 s for that."""
     monkeypatch.setattr(health, "ANSWER_S", 0.03)
-    monkeypatch.setattr(health, "RECENT_S", 0.05)
+    monkeypatch.setattr(health, "RECENT_S", -60.0)
 
 
 def run(scenario: Callable[[House], Awaitable[None]]) -> None:
@@ -115,19 +119,19 @@ def test_a_busy_server_is_judged_by_its_progress() -> None:
     run(scenario)
 
 
-def test_an_encode_that_does_not_end_on_an_idle_server_is_no_success() -> None:
+def test_an_encode_that_does_not_end_on_an_idle_server_is_no_success(impatient: None) -> None:
     async def scenario(house: House) -> None:
         house.gate.clear()
         assert not await house.healthy()
         assert "on an idle engine did not end" in await house.reason()
         house.gate.set()
-        await asyncio.sleep(0.01)
+        await until(lambda: not house.waiting)
         assert await house.healthy()
 
     run(scenario)
 
 
-def test_an_encode_behind_other_work_is_judged_by_that_work() -> None:
+def test_an_encode_behind_other_work_is_judged_by_that_work(impatient: None) -> None:
     async def scenario(house: House) -> None:
         house.gate.clear()
         assert not await house.healthy()
@@ -140,7 +144,7 @@ def test_an_encode_behind_other_work_is_judged_by_that_work() -> None:
     run(scenario)
 
 
-def test_preparers_at_work_explain_a_late_encode() -> None:
+def test_preparers_at_work_explain_a_late_encode(impatient: None) -> None:
     async def scenario(house: House) -> None:
         house.gate.clear()
         house.preparers.oldest = 3.2
@@ -149,12 +153,15 @@ def test_preparers_at_work_explain_a_late_encode() -> None:
     run(scenario)
 
 
-def test_an_encode_a_moment_ago_makes_up_for_a_late_one_for_a_while() -> None:
+def test_an_encode_a_moment_ago_makes_up_for_a_late_one_for_a_while(
+    impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(house: House) -> None:
         assert await house.healthy()
         house.gate.clear()
+        monkeypatch.setattr(health, "RECENT_S", 60.0)
         assert await house.healthy()
-        await asyncio.sleep(0.15)
+        monkeypatch.setattr(health, "RECENT_S", -60.0)
         assert not await house.healthy()
 
     run(scenario)
