@@ -101,6 +101,8 @@ class Ticket:
         if nbytes > 0:
             self._admission.check_room(self, nbytes, refuse=not self._patient)
         self.count(nbytes=nbytes, tokens=tokens)
+        if nbytes < 0:
+            self._admission.open_door()
 
     def count(self, *, nbytes: int, tokens: int) -> None:
         """Count without asking."""
@@ -145,7 +147,7 @@ class Admission:
         `wait_s` seconds."""
         waiter = _Waiter(client, declared_bytes)
         self._door.append(waiter)
-        self._open_door()
+        self.open_door()
         try:
             async with asyncio.timeout(wait_s):
                 await asyncio.wait((waiter.ticket,))
@@ -160,6 +162,7 @@ class Admission:
         finally:
             if waiter in self._door:
                 self._door.remove(waiter)
+                self.open_door()  # who waits behind may have waited for this one only
         with self._held(waiter.ticket.result()) as ticket:
             yield ticket
 
@@ -224,6 +227,16 @@ class Admission:
                 grower.ticket.count(nbytes=grower.nbytes, tokens=0)
                 grower.granted.set_result(None)
 
+    def open_door(self) -> None:
+        """Admit who waits, as far as there is room."""
+        for waiter in list(self._door):
+            refusal = self._refusal(waiter.client, waiter.declared_bytes)
+            if refusal is None:
+                self._door.remove(waiter)
+                waiter.ticket.set_result(self._enter(waiter.client, waiter.declared_bytes, patient=True))
+            elif refusal.full:
+                return
+
     @contextlib.contextmanager
     def _held(self, ticket: Ticket) -> Iterator[Ticket]:
         try:
@@ -243,17 +256,7 @@ class Admission:
         self.count(ticket.client, requests=-1)
         self._rate = self._decayed() + 1 / RATE_WINDOW_S
         self._let_grow()
-        self._open_door()
-
-    def _open_door(self) -> None:
-        """Admit who waits, as far as there is room."""
-        for waiter in list(self._door):
-            refusal = self._refusal(waiter.client, waiter.declared_bytes)
-            if refusal is None:
-                self._door.remove(waiter)
-                waiter.ticket.set_result(self._enter(waiter.client, waiter.declared_bytes, patient=True))
-            elif refusal.full:
-                return
+        self.open_door()
 
     def _refusal(self, client: str, declared_bytes: int) -> _Refusal | None:
         """Why this client cannot come in now."""

@@ -42,6 +42,7 @@ class PreparingJob:
     overtime: bool = False
     held: int = 0  # bytes of its tensors that wait in the process for room
     process: PreparerProcess | None = None
+    forgotten: bool = False  # the caller has gone
     step: asyncio.Future[m.PreparedItem | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -60,7 +61,8 @@ class PreparingJob:
 
 @dataclass(eq=False)
 class PreparerProcess:
-    """A process and the items that it works on or holds. `stalled`: killed by this room, so no item is to blame."""
+    """A process and the items that it works on or holds. `stalled`: killed by this room, for a copy that did not end,
+    so no item is to blame. `hung`: killed by this room, for standing still."""
 
     index: int
     peer: Peer
@@ -69,6 +71,7 @@ class PreparerProcess:
     prepared_any: bool = False
     failure: str = ""
     stalled: bool = False
+    hung: bool = False
     active_s: float = 0.0
     active_at: float = 0.0
 
@@ -98,3 +101,17 @@ class PreparerProcess:
         if active != self.active_s or not active:
             self.active_s, self.active_at = active, now
         return now - self.active_at
+
+
+@dataclass(eq=False)
+class AskedPickle:
+    """A `Pickle` that was sent to a process."""
+
+    process: PreparerProcess
+    answer: asyncio.Future[m.Pickled] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # the caller may be gone

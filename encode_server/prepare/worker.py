@@ -68,6 +68,8 @@ class Worker:
         self._memory = DecodeMemory(setup.memory_bytes)
         self._pool = ThreadPoolExecutor(setup.threads, "prepare")
         self._express = ThreadPoolExecutor(1, "express")
+        # Not on `_pool`: the front waits for each copy, and would wait for the decoders ahead of it, too.
+        self._copies = ThreadPoolExecutor(1, "copy")
         self._lock = Lock()
         self._started: dict[int, Future[None]] = {}
         self._held: dict[int, list[torch.Tensor]] = {}
@@ -86,7 +88,7 @@ class Worker:
                     if sum(map(_nbytes, tensors)) <= SMALL_COPY:
                         self._place(job, tensors, offset)
                     else:
-                        self._pool.submit(self._place, job, tensors, offset)
+                        self._copies.submit(self._place, job, tensors, offset)
                 case m.Drop(job):
                     self._drop(job)
                 case m.Pickle() as command:
