@@ -83,6 +83,11 @@ class Preparers:
         return states
 
     @property
+    def pids(self) -> list[int | None]:
+        """Per process, None while it is being started."""
+        return [p.peer.pid if (p := self._processes.get(index)) else None for index in range(self._spec.processes)]
+
+    @property
     def queued(self) -> int:
         """Items that wait for a thread."""
         return len(self._queue)
