@@ -85,6 +85,7 @@ class Weighty(str):
 
 class _Caller:
     client, declared_bytes, asked_timeout_s = "a", 0, None
+    quiet, item_tokens = False, None
 
     def __init__(self, media: str) -> None:
         self._ask = Ask(None, Modality.IMAGE, [MediaItem(media)] * 3)
