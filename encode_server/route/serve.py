@@ -16,7 +16,6 @@ from encode_server.telemetry import logs
 log = logging.getLogger(__name__)
 
 GRACE_S = 20
-MAX_CONNECTIONS = 4096
 
 
 def serve_route(options: RouteOptions) -> int:
@@ -28,7 +27,7 @@ def serve_route(options: RouteOptions) -> int:
         log.info(
             "serving %s on http://%s:%d, encoders: %s", options.engine_url, host, port, ", ".join(options.encoder_url)
         )
-        limits = ConnectionLimits(connections=room_for_connections(MAX_CONNECTIONS))
+        limits = ConnectionLimits(connections=room_for_connections(options.max_connections))
         server = Uvicorn(config(create_route_app(options), limits, grace_s=GRACE_S))
         uvloop.run(until_signalled(server, listener))
     return 0

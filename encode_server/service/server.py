@@ -85,7 +85,7 @@ class Server:
         self.metrics = Metrics()
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.engine == "sglang"
-        self.admission = Admission(_admission_limits(settings), self.metrics)
+        self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)
