@@ -13,7 +13,6 @@ class Profiler:
         self._profile: Any = None
         self._path = ""
         self._forwards_left: int | None = None
-        self._ended = False  # by its number of forwards, and nobody has asked for it since
 
     @property
     def running(self) -> bool:
@@ -29,17 +28,12 @@ class Profiler:
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device != "cpu" else [])
         started = profile(activities=activities)
         started.start()
-        self._ended = False
         self._profile, self._path, self._forwards_left = started, path, forwards
 
     def stop(self) -> None:
-        """End the profile and write its trace, unless it has ended by itself. Raises ValueError when none is running,
-        OSError for a full disk."""
-        if self._ended:
-            self._ended = False
-            return
+        """End the profile and write its trace. Raises ValueError when none is running, OSError for a full disk."""
         if self._profile is None:
-            raise ValueError("no profile is running")
+            raise ValueError("no profile is running: one ends by itself after its forwards")
         ended, self._profile = self._profile, None
         ended.stop()
         ended.export_chrome_trace(self._path)
@@ -51,4 +45,3 @@ class Profiler:
         self._forwards_left -= 1
         if self._forwards_left == 0:
             self.stop()
-            self._ended = True
