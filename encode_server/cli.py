@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
     serve = commands.add_parser("serve", help="serve a checkpoint")
     serve.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
+    serve.add_argument(
+        "--explain-limits", action="store_true", help="print all bounds and the memory they allow for, and exit"
+    )
     _add_options(serve, skip="model")
 
     demo = commands.add_parser("demo", help="serve the demo checkpoint and encode a picture, a clip and a sound")
@@ -76,6 +79,11 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
+    if options.pop("explain_limits"):
+        from encode_server.service.memory import explain
+
+        print(explain(load_settings(options)))
+        return 0
     from encode_server.serve import serve
 
     return serve(load_settings(options))

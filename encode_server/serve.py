@@ -13,6 +13,7 @@ from encode_server.errors import StartupError
 from encode_server.runtime.connections import ConnectionLimits
 from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
 from encode_server.runtime.resolving import bound_look_ups
+from encode_server.service.memory import warning
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
@@ -33,6 +34,8 @@ def serve(settings: Settings, on_listening: Callable[[str], None] | None = None)
         failures.append(reason)
         server.should_exit = True
 
+    if (too_much := warning(settings)) is not None:
+        log.warning("%s", too_much)
     _check_tls(settings)
     connections = room_for_connections(settings.max_connections)
     with bind(settings.host, settings.port) as listener:

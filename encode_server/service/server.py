@@ -222,6 +222,8 @@ class Server:
         """Prometheus text, its gauges brought up to date."""
         metrics = self.metrics
         metrics.in_progress.set(self.admission.held.requests)
+        metrics.inflight_bytes.set(self.admission.held.bytes)
+        metrics.inflight_tokens.set(self.admission.held.tokens)
         metrics.at_door.set(self.admission.waiting)
         metrics.undelivered.set(self.undelivered.bytes)
         metrics.registrations.set(len(self.sglang.registrations) if self.sglang else 0)
