@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
     serve = commands.add_parser("serve", help="serve a checkpoint")
     serve.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
+    serve.add_argument(
+        "--explain-limits", action="store_true", help="print all bounds and the memory they allow for, and exit"
+    )
     _add_options(serve, skip="model")
 
     demo = commands.add_parser("demo", help="serve the demo checkpoint and encode a picture, a clip and a sound")
@@ -102,7 +105,13 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
+    explained = options.pop("explain_limits", False)
     settings = load_settings(options)
+    if explained:
+        from encode_server.service.memory import explain
+
+        print(explain(settings))
+        return 0
     launched = _launch(settings)
     from encode_server.serve import serve
 

@@ -15,6 +15,7 @@ from encode_server.runtime.forkserver import Launched
 from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
 from encode_server.runtime.resolving import bound_look_ups
 from encode_server.runtime.tls import check_tls
+from encode_server.service.memory import warning
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 
@@ -38,6 +39,8 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
         failures.append(reason)
         server.should_exit = True
 
+    if (too_much := warning(settings)) is not None:
+        log.warning("%s", too_much)
     check_tls(settings.ssl_certfile, settings.ssl_keyfile)
     connections = room_for_connections(settings.max_connections)
     with bind(settings.host, settings.port) as listener:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from encode_server.api.schemas import EncodeBody, ItemBody
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
-from encode_server.runtime.bodies import chunks, from_json, read_all
+from encode_server.runtime.bodies import chunks, declared_length, from_json, read_all
 from encode_server.runtime.charge import Charge
 from encode_server.runtime.pools import Pace, run, run_sized
 from encode_server.service.caller import Ask
@@ -85,12 +85,6 @@ def _decode(raw: bytearray) -> EncodeBody:
 def _check_count(items: int, most: int) -> None:
     if items > most:
         raise BadRequest(f"mm_items holds {items} items, at most {most} are taken")
-
-
-def declared_length(request: Request) -> int:
-    """The body's bytes as its header has it; 0 when it does not say."""
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isascii() and declared.isdigit() else 0
 
 
 def _media_item(item: str | ItemBody) -> MediaItem:

@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from encode_server.api import answers
-from encode_server.api.body import BodyLimits, declared_length, read_encode
+from encode_server.api.body import BodyLimits, read_encode
 from encode_server.errors import BadRequest, DeliveryFailed, EncodeError
-from encode_server.runtime.bodies import LeastRate
+from encode_server.runtime.bodies import LeastRate, declared_length
 from encode_server.runtime.caller import until_caller_goes
 from encode_server.runtime.charge import Charge
 from encode_server.service.caller import Ask

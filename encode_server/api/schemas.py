@@ -11,10 +11,11 @@ from encode_server.wire.answers import Answer, Delivered, ErrorAnswer
 from encode_server.wire.modality import Modality
 
 MAX_INT = 2**53 - 1  # beyond it a number in JSON is not exact
+MAX_ID = 512
 MAX_PORTS = 64
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
-Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID)]
 Port = Annotated[int, msgspec.Meta(ge=-MAX_INT, le=MAX_INT)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
@@ -30,7 +31,7 @@ class ItemBody(msgspec.Struct, kw_only=True):
     num_frames: PositiveInt | None = None
     min_frames: PositiveInt | None = None
     max_frames: PositiveInt | None = None
-    uuid: Annotated[str, msgspec.Meta(max_length=512)] | None = None
+    uuid: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
 
 
 class EncodeBody(msgspec.Struct, kw_only=True):

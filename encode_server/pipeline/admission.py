@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 from encode_server.errors import TooBusy, TooLarge
-from encode_server.telemetry.metrics import Metrics
 
 FIRST_BYTES = 1 << 20  # of a body, held at the door: what a header declares costs its sender nothing
 WAITING_S = 5.0  # how long a refused client is taken to be waiting for its next attempt
@@ -114,8 +113,8 @@ class Ticket:
 class Admission:
     """Counts what is in progress and refuses more than the limits, before a request's body is read."""
 
-    def __init__(self, limits: AdmissionLimits, metrics: Metrics) -> None:
-        self._limits, self._metrics = limits, metrics
+    def __init__(self, limits: AdmissionLimits) -> None:
+        self._limits = limits
         self.held = Held()
         self._clients: dict[str, Held] = {}
         self._refused: dict[str, float] = {}  # clients that were, and when: for a while they count as waiting

@@ -16,8 +16,6 @@ from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 4096
-
 
 def serve_route(options: RouteOptions) -> int:
     """Serve until SIGTERM or Ctrl-C, then let streams and parts in progress end; the exit status. Raises StartupError
@@ -36,7 +34,7 @@ def serve_route(options: RouteOptions) -> int:
         server = Uvicorn(
             config(
                 app,
-                ConnectionLimits(connections=room_for_connections(MAX_CONNECTIONS)),
+                ConnectionLimits(connections=room_for_connections(options.max_connections)),
                 grace_s=options.grace_s,
                 ssl_certfile=options.ssl_certfile,
                 ssl_keyfile=options.ssl_keyfile,

@@ -52,6 +52,12 @@ class LeastRate:
         self._bytes += nbytes
 
 
+def declared_length(request: Request) -> int:
+    """The body's bytes as its header has it; 0 when it does not say."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isascii() and declared.isdigit() else 0
+
+
 async def chunks(
     request: Request, max_bytes: int, least_rate: int = 0, charge: Charge = free
 ) -> AsyncGenerator[bytes, None]:

@@ -242,3 +242,9 @@ CODES = {408: "too_slow", 431: "headers_too_large", 503: "too_many_connections"}
 def guarded(limits: ConnectionLimits) -> type[GuardedProtocol]:
     """The protocol class of one listener, for `uvicorn.Config(http=…)`."""
     return type("GuardedProtocol", (GuardedProtocol,), {"limits": limits, "idle": IdleConnections()})
+
+
+class DefaultProtocol(GuardedProtocol):
+    """For uvicorn's own command: `--http encode_server.runtime.connections:DefaultProtocol`. One listener a process."""
+
+    idle = IdleConnections()

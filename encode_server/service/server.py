@@ -87,7 +87,7 @@ class Server:
         self.metrics = Metrics()
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
-        self.admission = Admission(_admission_limits(settings), self.metrics)
+        self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)
@@ -237,6 +237,8 @@ class Server:
         """Prometheus text, its gauges brought up to date."""
         metrics = self.metrics
         metrics.in_progress.set(self.admission.held.requests)
+        metrics.inflight_bytes.set(self.admission.held.bytes)
+        metrics.inflight_tokens.set(self.admission.held.tokens)
         metrics.at_door.set(self.admission.waiting)
         metrics.undelivered.set(self.undelivered.bytes)
         metrics.registrations.set(len(self.sglang.registrations) if self.sglang else 0)

@@ -31,3 +31,13 @@ def expected_size(start: bytes) -> int | None:
         return 8 + length + int(max(ends))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
+
+
+def head_metadata(start: bytes) -> dict[str, str]:
+    """The metadata of a file, from its first bytes; empty when they are not the start of such a file."""
+    length = int.from_bytes(start[:8], "little")
+    try:
+        found = json.loads(start[8 : 8 + length]).get("__metadata__", {})
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+    except (ValueError, AttributeError, RecursionError):
+        return {}

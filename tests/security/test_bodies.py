@@ -13,7 +13,6 @@ from starlette.responses import PlainTextResponse
 from encode_server.errors import EncodeError, TooBusy
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.runtime import bodies
-from encode_server.telemetry.metrics import Metrics
 from tests.security.listener import app, listening
 from tests.security.requests import encode, raw
 
@@ -22,7 +21,7 @@ BODY = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nC
 
 
 def admission(mib=100, share=1.0):
-    return Admission(AdmissionLimits(1000, mib * MIB, 1000, share), Metrics())
+    return Admission(AdmissionLimits(1000, mib * MIB, 1000, share))
 
 
 async def reading(scope, receive, send):

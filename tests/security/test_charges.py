@@ -61,7 +61,7 @@ def test_downloads_are_charged_while_they_run():
             await source.fetch(url, ticket.grow)
 
     async def check():
-        gate = Admission(AdmissionLimits(100, 50 * MIB, 1000, 1.0), Metrics())
+        gate = Admission(AdmissionLimits(100, 50 * MIB, 1000, 1.0))
         with web_server() as web, ThreadPoolExecutor(2) as pool:
             source = MediaSource(["127.0.0.1"], [], MediaLimits(fetch_seconds=10), pool)
             fetches = [
@@ -137,7 +137,7 @@ def test_a_failed_request_leaves_nothing_for_the_collector(failure):
         pipeline._compute = compute
         route = Route(cache, metrics)
         settings = SimpleNamespace(timeout_s=5, video_fps=None, max_answer_mb=1, send_timeout_s=1)
-        gate = Admission(AdmissionLimits(10, 1000, 1000, 1), metrics)
+        gate = Admission(AdmissionLimits(10, 1000, 1000, 1))
 
         async def encode(request: EncodeRequest):
             return await pipeline.encode(request, route)
