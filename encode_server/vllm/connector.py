@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -27,10 +26,10 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 )
 
 from encode_server.vllm.inbox import Inbox
-from encode_server.vllm.shelf import Entry, Shelf
+from encode_server.vllm.shelf import Entry, Shelf, read
 from encode_server.wire.names import PUSHED_PREFIX
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.encode_server")  # vLLM shows what is logged below its own name
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -184,6 +183,7 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
                 continue
             try:
                 encoder_cache[identifier] = self._load(entry)
+                logger.debug("loaded %s, %d bytes", identifier, entry.nbytes)
             except Exception:
                 logger.exception("an embedding cannot be loaded: its requests fail")
                 self._missing.add(identifier)
@@ -200,12 +200,7 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
 
     def _load(self, entry: Entry) -> torch.Tensor:
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        with Path(entry.path).open("rb", buffering=0) as file:
-            view, done = raw.numpy().data, 0
-            while done < entry.nbytes and (count := file.readinto(view[done:])):
-                done += count
-        if done < entry.nbytes:
-            raise OSError(f"{done} of {entry.nbytes} bytes")
+        read(entry, raw.numpy().data)
         stored: torch.dtype = getattr(torch, entry.dtype)
         with _synchronising():
             return raw.view(stored).reshape(entry.shape).to(device=_device(), dtype=self._dtype or stored)

@@ -11,7 +11,7 @@ from encode_server.client.assembly import read_part
 from encode_server.client.errors import ProtocolError
 from encode_server.vllm.shelf import Shelf
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.encode_server")  # vLLM shows what is logged below its own name
 
 
 class Inbox:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import re
-import shutil
-import tempfile
 import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "encode-server-ec-"
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One embedding: `shape` = [tokens, dim] values of `dtype`, row-major, in the file `path`."""
+    """One embedding: `shape` = [tokens, dim] values of `dtype`, row-major, at `offset` of the memory `path`."""
 
     path: str
+    offset: int
     dtype: str
     shape: tuple[int, int]
     nbytes: int
@@ -30,17 +24,28 @@ class Entry:
 
 class Shelf:
     """At most `max_bytes` of embeddings. The entry used longest ago goes first, and none that was used within `lease_s`
-    seconds: a worker may be about to read the entry. Used from any thread."""
+    seconds: a worker may be about to read the entry. Used from any thread.
 
-    def __init__(self, max_bytes: int, lease_s: float, root: Path = SHARED_MEMORY) -> None:
-        _sweep(root)
-        self._max_bytes, self._lease_s = max_bytes, lease_s
-        self._directory = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root))
+    The memory is an anonymous file: other processes of this user open it under `/proc`, nothing of it is left when this
+    process ends, however it ends, and a container's small `/dev/shm` does not limit it.
+    """
+
+    def __init__(self, max_bytes: int, lease_s: float) -> None:
+        self._lease_s = lease_s
+        self._fd = os.memfd_create("encode-server-ec")
+        os.ftruncate(self._fd, max_bytes)
+        self._path = f"/proc/{os.getpid()}/fd/{self._fd}"
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the one used last is the last
         self._used: dict[str, float] = {}
+        self._free = [(0, max_bytes)]  # (offset, bytes), by offset, none next to another
         self._lock = threading.Lock()
-        self._count = 0
-        self.bytes = 0
+        self._closed = False
+
+    @property
+    def bytes(self) -> int:
+        """Of all entries."""
+        with self._lock:
+            return sum(entry.nbytes for entry in self._entries.values())
 
     def put(self, identifier: str, dtype: str, shape: tuple[int, int], data: memoryview) -> bool:
         """Keep an embedding; False where there is no room for it. A second one of the same name changes nothing: a name
@@ -49,22 +54,18 @@ class Shelf:
             if identifier in self._entries:
                 self._touch(identifier)
                 return True
-            if not self._make_room(data.nbytes):
+            offset = self._make_room(data.nbytes)
+            if offset is None:
                 return False
-            self._count += 1
-            # Never the identifier itself: strangers choose it.
-            name = f"{self._count}-{hashlib.sha256(identifier.encode(errors='surrogatepass')).hexdigest()[:32]}"
-            self.bytes += data.nbytes
-        path = self._directory / name
+        entry = Entry(self._path, offset, dtype, shape, data.nbytes)
         try:
-            path.write_bytes(data)
+            self._write(data, offset)
         except OSError:
-            path.unlink(missing_ok=True)
             with self._lock:
-                self.bytes -= data.nbytes
+                self._release(entry)
             return False
         with self._lock:
-            self._entries[identifier] = Entry(str(path), dtype, shape, data.nbytes)
+            self._entries[identifier] = entry
             self._touch(identifier)
         return True
 
@@ -81,35 +82,68 @@ class Shelf:
             self._remove(identifier)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Give the memory back. Nobody puts anything any more."""
         with self._lock:
             self._entries.clear()
-            self._max_bytes = 0
-        shutil.rmtree(self._directory, ignore_errors=True)
+            if not self._closed:
+                os.close(self._fd)
+            self._closed = True
+
+    def _write(self, data: memoryview, offset: int) -> None:
+        view = data.cast("B")
+        while view:
+            done = os.pwrite(self._fd, view, offset)
+            view, offset = view[done:], offset + done
 
     def _touch(self, identifier: str) -> None:
         self._entries.move_to_end(identifier)
         self._used[identifier] = time.monotonic()
 
-    def _make_room(self, nbytes: int) -> bool:
+    def _make_room(self, nbytes: int) -> int | None:
         until = time.monotonic() - self._lease_s
-        while self.bytes + nbytes > self._max_bytes:
+        while (offset := self._take(nbytes)) is None:
             oldest = next(iter(self._entries), None)
             if oldest is None or self._used[oldest] > until:
-                return False
+                return None
             self._remove(oldest)
-        return True
+        return offset
 
     def _remove(self, identifier: str) -> None:
         if (entry := self._entries.pop(identifier, None)) is not None:
             del self._used[identifier]
-            self.bytes -= entry.nbytes
-            with contextlib.suppress(OSError):
-                Path(entry.path).unlink()
+            self._release(entry)
+
+    def _take(self, nbytes: int) -> int | None:
+        """The first hole that is large enough."""
+        size = _aligned(nbytes)
+        for index, (offset, room) in enumerate(self._free):
+            if room >= size:
+                self._free[index : index + 1] = [(offset + size, room - size)] if room > size else []
+                return offset
+        return None
+
+    def _release(self, entry: Entry) -> None:
+        joined: list[tuple[int, int]] = []
+        for offset, room in sorted([*self._free, (entry.offset, _aligned(entry.nbytes))]):
+            if joined and sum(joined[-1]) == offset:
+                joined[-1] = (joined[-1][0], joined[-1][1] + room)
+            else:
+                joined.append((offset, room))
+        self._free = joined
 
 
-def _sweep(root: Path) -> None:
-    """Remove what processes left behind that were killed."""
-    for path in root.glob(PREFIX + "*"):
-        if (owner := re.match(rf"{PREFIX}(\d+)-", path.name)) and not Path(f"/proc/{owner[1]}").exists():
-            shutil.rmtree(path, ignore_errors=True)
+def read(entry: Entry, into: memoryview) -> None:
+    """Copy an entry's bytes, in any process of this host. Raises OSError."""
+    fd = os.open(entry.path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < entry.nbytes and (count := os.preadv(fd, [into[done:]], entry.offset + done)):
+            done += count
+    finally:
+        os.close(fd)
+    if done < entry.nbytes:
+        raise OSError(f"{done} of {entry.nbytes} bytes")
+
+
+def _aligned(nbytes: int) -> int:
+    return max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
