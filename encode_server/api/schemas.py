@@ -38,6 +38,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     prefill_host: Annotated[str, msgspec.Meta(max_length=255)] | None = None
     embedding_port: int | Annotated[list[int], msgspec.Meta(min_length=1, max_length=1024)] | None = None
     delivery: Literal["ec_store", "cache"] | None = None
+    frames: Literal["native", "sglang"] | None = None
     timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
     def checked_modality(self) -> Modality:
