@@ -72,6 +72,7 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         embedding_port=body.embedding_port,
         stored=body.delivery == "ec_store",
         cached=body.delivery == "cache",
+        frames=body.frames,
         timeout_s=body.timeout_s,
     )
 

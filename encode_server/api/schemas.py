@@ -45,6 +45,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     prefill_host: Annotated[str, msgspec.Meta(max_length=255)] | None = None
     embedding_port: Port | Annotated[list[Port], msgspec.Meta(min_length=1, max_length=MAX_PORTS)] | None = None
     delivery: Literal["ec_store", "cache"] | None = None
+    frames: Literal["native", "sglang"] | None = None
     timeout_s: Seconds | None = None
 
     def checked_modality(self) -> Modality:

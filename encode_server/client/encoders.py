@@ -94,8 +94,12 @@ class Encoders:
     def remove(self, url: str) -> None:
         """The encoder is not a member any more: it is given nothing new. What it has in flight goes on."""
         encoder = self._members.pop(url.rstrip("/"), None)
-        if encoder is not None and (watcher := self._watchers.pop(encoder, None)) is not None:
+        if encoder is None:
+            return
+        if (watcher := self._watchers.pop(encoder, None)) is not None:
             watcher.cancel()
+        if self._watching is not None:
+            self._watching.create_task(_retire(encoder))
 
     async def choose(self, key: bytes, avoid: Collection[Encoder]) -> Encoder:
         """The encoder for an item; waits while none takes requests. One of `avoid` only when no other is left."""
@@ -182,6 +186,15 @@ class Encoders:
     def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+async def _retire(encoder: Encoder) -> None:
+    """Close the connections of one that is no member any more, once nothing is in flight there."""
+    try:
+        while encoder.in_flight:  # noqa: ASYNC110 - seconds do not matter here
+            await asyncio.sleep(1.0)
+    finally:
+        await encoder.client.aclose()
 
 
 async def _health(encoder: Encoder) -> Health | None:

@@ -144,7 +144,7 @@ class EncodeClient:
         Returns once the server has handed it over. The other arguments are those of `encode`.
         """
         fields = _fields(modality, req_id, num_parts, part_idx)
-        fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port}
+        fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port, "frames": "native"}
         return await self._deliver(media, fields, timeout_s)
 
     async def store(

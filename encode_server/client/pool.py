@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 BUSY_S = 0.5  # the pause after a 429 that names none
 ARRIVAL_S = 10.0  # an embedding the server has handed over comes sooner, or was lost
+SAME_NAME_S = 0.05
 ELSEWHERE = frozenset({429, 502, 503, 504})
 
 
@@ -183,6 +184,45 @@ class EncoderPool:
             return receipt.items
 
         return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, warmed))
+
+    async def hand_over(
+        self,
+        media: Sequence[Item],
+        modality: Modality | str,
+        *,
+        prefill_host: str,
+        embedding_port: int,
+        timeout: float | None = None,
+    ) -> tuple[ItemInfo, ...]:
+        """Have each item's embedding pushed to `tcp://prefill_host:embedding_port`, a part of its own whose `req_id` is
+        the item's `uuid`: for a receiver that looks embeddings up by name, such as `encode_server.vllm`'s. It may get
+        one twice."""
+
+        async def pushed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
+            (item,) = attempt.media
+            assert isinstance(item, Item) and item.uuid is not None
+            while True:
+                try:
+                    receipt = await attempt.client.push(
+                        [item],
+                        modality,
+                        prefill_host=prefill_host,
+                        embedding_port=embedding_port,
+                        req_id=item.uuid,
+                        timeout_s=attempt.timeout_s,
+                    )
+                    return receipt.items
+                except EncodeServerError as error:
+                    if error.status != 409:
+                        raise
+                    await asyncio.sleep(SAME_NAME_S)  # another request has the same item pushed at this moment
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._spread([item], item.uuid or "", timeout, pushed)) for item in media]
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from None
+        return tuple(info for task in tasks for part in task.result() for info in part.result)
 
     async def _spread(
         self, media: Sequence[Media], req_id: str, timeout: float | None, send: _Send[T]

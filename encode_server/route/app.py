@@ -29,6 +29,7 @@ from encode_server.route.telemetry import Observed, RouteMetrics
 from encode_server.runtime.bodies import declared_length, from_json, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.service.keys import ApiKeys
+from encode_server.wire.names import PUSHED_PREFIX
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -191,9 +192,14 @@ class Router:
         if self.sglang is not None:
             await self._each(media_items(parts), self._encoders.warm)
             return content
-        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_fps)
-        await self._each(named, self._encoders.store)
+        prefix = PUSHED_PREFIX if self._options.engine_receives else ""
+        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_fps, prefix)
+        await self._each(named, self._push if self._options.engine_receives else self._encoders.store)
         return await _maybe_threaded(len(content), msgspec.json.encode, body)
+
+    async def _push(self, items: list[Item], modality: Modality) -> None:
+        host, _, port = (self._options.engine_receives or "").rpartition(":")
+        await self._encoders.hand_over(items, modality, prefill_host=host.strip("[]"), embedding_port=int(port))
 
     async def _each(
         self, items: dict[Modality, list[Item]], encode: Callable[[list[Item], Modality], Awaitable[object]]

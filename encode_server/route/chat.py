@@ -41,8 +41,9 @@ def renames(body: dict[str, Any]) -> bool:
     return any(body.get(field) for field in RENAMING)
 
 
-def name_parts(parts: list[MediaPart], video_fps: float) -> dict[Modality, list[Item]]:
-    """Set each part's `uuid`, and say what has to be encoded; the same media once. Hashes all of it.
+def name_parts(parts: list[MediaPart], video_fps: float, prefix: str = "") -> dict[Modality, list[Item]]:
+    """Set each part's `uuid`, and say what has to be encoded; the same media once. Hashes all of it. `prefix`: of the
+    names.
 
     A name covers the content (for a URL: the URL) and the caller's own `uuid`, so that nobody can put an embedding in
     the place of another's media.
@@ -52,7 +53,7 @@ def name_parts(parts: list[MediaPart], video_fps: float) -> dict[Modality, list[
         fps = video_fps if found.modality is Modality.VIDEO else None
         digest = hashlib.sha256(repr((str(found.modality), fps, found.part.get("uuid"))).encode())
         digest.update(found.source.encode(errors="surrogatepass"))
-        name = found.part["uuid"] = digest.hexdigest()
+        name = found.part["uuid"] = prefix + digest.hexdigest()
         items.setdefault(found.modality, {})[name] = Item(found.source, fps=fps, uuid=name)
     return {modality: list(named.values()) for modality, named in items.items()}
 

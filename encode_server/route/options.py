@@ -22,6 +22,7 @@ class RouteOptions:
     """Where requests come from and go to. `timeout_s` None: by protocol. Raises StartupError for what cannot work."""
 
     engine_url: str | None = None
+    engine_receives: str | None = None
     encoder_url: tuple[str, ...] = ()
     encoder_dns: tuple[str, ...] = ()
     protocol: Protocol = "vllm"
@@ -54,6 +55,8 @@ class RouteOptions:
                 raise StartupError("--engine-url is missing: the engine, http://HOST:PORT")
             if not self.encoder_url and not self.encoder_dns:
                 raise StartupError("--encoder-url or --encoder-dns is missing: the encode servers, http://HOST:PORT")
+        if self.engine_receives is not None and not _is_endpoint(self.engine_receives):
+            raise StartupError(f"--engine-receives: got {self.engine_receives!r}, takes HOST:PORT")
         engine = () if self.engine_url is None else (self.engine_url,)
         for url in (*engine, *self.encoder_url, *self.encoder_dns):
             if not url.startswith(("http://", "https://")):
@@ -71,7 +74,7 @@ class RouteOptions:
 
 def add_route_options(parser: ArgumentParser) -> None:
     """The command-line options, by the names of the fields. Each may come from `ENCODE_ROUTE_NAME` instead."""
-    default = RouteOptions("http://", ("http://",))
+    default = RouteOptions("http://", encoder_url=("http://",))
 
     def add(name: str, **more: Any) -> None:
         field = name[2:].replace("-", "_")
@@ -90,6 +93,11 @@ def add_route_options(parser: ArgumentParser) -> None:
         default=os.environ.get(ENV_PREFIX + "ENGINE_URL") or None,
         metavar="URL",
         help=f"the engine, http://HOST:PORT; sglang: needed only to serve its chat API [none; {ENV_PREFIX}ENGINE_URL]",
+    )
+    add(
+        "--engine-receives",
+        metavar="HOST:PORT",
+        help="vllm: where the engine's EncodeServerConnector receives embeddings; none: they go to the encoders' store",
     )
     add_list("--encoder-url", "an encode server; sglang: encoders may register themselves as well")
     add_list("--encoder-dns", "http://NAME:PORT, an encode server at each of the name's addresses")
@@ -124,6 +132,11 @@ def route_options(given: dict[str, Any]) -> RouteOptions:
     """The options from what the parser found. Raises StartupError."""
     lists = {name: _several(name, given.get(name)) for name in LISTS}
     return RouteOptions(**(given | lists))
+
+
+def _is_endpoint(text: str) -> bool:
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 65536
 
 
 def _several(name: str, given: list[str] | None) -> tuple[str, ...]:

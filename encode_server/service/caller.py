@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from encode_server.errors import EncodeError
 from encode_server.pipeline.request import MediaItem
@@ -17,7 +17,7 @@ from encode_server.wire.modality import Modality
 class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
     does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
-    cache, and the answer says only what it is like."""
+    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --engine."""
 
     req_id: str | None
     modality: Modality
@@ -28,6 +28,7 @@ class Ask:
     embedding_port: int | list[int] | None = None
     stored: bool = False
     cached: bool = False
+    frames: Literal["native", "sglang"] | None = None
     timeout_s: float | None = None
 
 

@@ -55,14 +55,16 @@ class Destinations:
             return Destination(Kept())
         if ask.stored:
             return Destination(self._to_store(ask))
-        if self._sglang is not None and ask.prefill_host is not None:
+        if ask.frames == "sglang" and self._sglang is None:
+            raise BadRequest("frames is 'sglang', which only a server with --protocol sglang pushes")
+        if self._sglang is not None and ask.frames != "native" and ask.prefill_host is not None:
             return Destination(await self._to_sglang(self._sglang, ask, ask.prefill_host, client, held), silent=True)
         if (ask.prefill_host is None) != (ask.embedding_port is None):
             raise BadRequest("prefill_host and embedding_port go together: one is missing")
         if ask.prefill_host is None or ask.embedding_port is None:
             return None
         if isinstance(ask.embedding_port, list):
-            raise BadRequest("embedding_port is a list, which only a server with --protocol sglang takes")
+            raise BadRequest("embedding_port is a list, which SGLang's frames alone go to")
         endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port, client=client)
         return Destination(NativePush(self._pusher, endpoint, self._pool))
 

@@ -13,8 +13,9 @@ import zmq
 
 
 class EncoderStandIn:
-    """`mode`: `well`, `full` (429), `loading` (503), `bad` (400), `dies` (the connection breaks when an encode comes),
-    `frozen` (no answers at all). `backlog_s`: what it says of its work. `hold`: encodes wait while it is not set."""
+    """Media that says `broken` is refused. `mode`: `well`, `full` (429), `loading` (503), `bad` (400), `dies` (the
+    connection breaks when an encode comes), `frozen` (no answers at all). `backlog_s`: what it says of its work. `hold`:
+    encodes wait while it is not set."""
 
     def __init__(self, mode: str = "well", port: int = 0) -> None:
         self.mode, self.backlog_s = mode, 0.0
@@ -45,6 +46,8 @@ class EncoderStandIn:
                         outer._arrived.notify_all()
                     return self.reply(200, None)
                 outer.headers.append(dict(self.headers))
+                if "broken" in str(body.get("mm_items")):
+                    return self.reply(400, {"message": "broken"})
                 outer.asked.release()
                 outer.hold.wait(30)
                 if outer.mode == "dies":

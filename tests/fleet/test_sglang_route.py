@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
 
 import httpx
@@ -165,6 +166,24 @@ def test_a_refusal_of_the_media_is_passed_on_and_told_to_no_rank(tmp_path):
         seen = a.headers + b.headers
         assert len(seen) == 1 and seen[0]["X-Encode-Errors"] == "answer"
         assert 0 < float(seen[0]["X-Encode-Timeout-S"]) <= 170
+
+
+def test_an_error_waits_for_the_parts_that_are_on_their_way_to_the_same_prefill(tmp_path):
+    """The error ends that prefill, and with it everything that has not arrived."""
+    with EncoderStandIn() as a, route(tmp_path, *to(a)) as live:
+        prefill = Prefill(live.base_url)
+        a.hold.clear()
+        slow = prefill.ask("slow")
+        assert a.asked.acquire(timeout=30)
+        malformed = httpx.post(live.base_url + "/encode", json={"req_id": "x", "mm_items": []}, timeout=30)
+        assert malformed.status_code == 400, "it names no prefill"
+        elsewhere = prefill.part("r", "broken", prefill_host="10.0.0.1")
+        assert elsewhere.result().status_code == 400
+        broken = prefill.part("broken")
+        with pytest.raises(FutureTimeout):
+            broken.result(0.5)
+        a.hold.set()
+        assert slow.result().status_code == 200 and broken.result().status_code == 400
 
 
 def test_time_is_up_when_no_encoder_comes(tmp_path):
