@@ -68,7 +68,7 @@ def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: in
     target = torch.device(device)
     if target.type == "cuda":
         align_mlps(model, world)
-    shard(model, family.plan, rank=rank, world=world)
+    shard(model, rank=rank, world=world)
     use_segment_attention(model)
     replace_patch_convolutions(model)
     model = model.to(target)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from encode_server.models.checkpoint import Checkpoint
-from encode_server.models.parallel import Plan
 from encode_server.models.prepared import Prepared
 from encode_server.models.registry import check_supported
 from encode_server.wire.modality import Modality
@@ -26,10 +25,7 @@ Item = Mapping[str, torch.Tensor]
 
 
 class Family(ABC):
-    """An architecture's weights, parallel plan, forward and preprocessing. One instance per process and checkpoint."""
-
-    plan: ClassVar[Plan]
-    """What tensor parallelism does to the modules of `model_class`."""
+    """An architecture's weights, forward and preprocessing. One instance per process and checkpoint."""
 
     variable_pixels: ClassVar[bool] = True
     """Whether `min_pixels` and `max_pixels` mean something: false for towers of one fixed size."""
