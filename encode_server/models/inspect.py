@@ -11,7 +11,7 @@ from pathlib import Path
 from encode_server.errors import StartupError
 from encode_server.models.checkpoint import read_json, resolve
 from encode_server.models.quantised import check_unquantised
-from encode_server.models.registry import ARCHITECTURES, check_tp, summarize
+from encode_server.models.registry import ARCHITECTURES, check_tp, known, stored_dtype, summarize
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.modality import Modality
 
@@ -40,19 +40,32 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
 
     model, revision, tp = arguments
     checkpoint = resolve(model, revision)
-    summary = summarize(checkpoint)
-    check_tp(summary, tp)
-    check_unquantised(checkpoint)
-    modalities = sorted(summary.modalities)
+    if tp < 1:
+        raise StartupError(f"tp must be at least 1, got {tp}")
+    facts = None
+    if known(checkpoint) is not None:
+        summary = summarize(checkpoint)
+        check_tp(summary, tp)
+        check_unquantised(checkpoint)
+        modalities, dtype = sorted(summary.modalities), summary.dtype
+    else:
+        from encode_server.models.families.generic import Generic
+        from encode_server.models.generic.discover import discover
+
+        family = Generic(checkpoint)
+        check_unquantised(checkpoint)
+        facts = discover(family, tp)
+        modalities, dtype = sorted(facts.modalities), stored_dtype(checkpoint, ())
     return Inspection(
         path=str(checkpoint.path),
         name=checkpoint.name,
         revision=checkpoint.revision,
         model_type=checkpoint.model_type,
         modalities=modalities,
-        dtype=summary.dtype,
+        dtype=dtype,
         probes={modality: probe_media(modality) for modality in modalities},
         preload=_preload(checkpoint.model_type),
+        facts=facts,
     )
 
 
@@ -65,7 +78,9 @@ def refuse_early(model: str, tp: int) -> None:
     if model != "demo" and (
         local.is_dir() or local.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
     ):
-        check_tp(summarize(resolve(model)), tp)
+        checkpoint = resolve(model)
+        if known(checkpoint) is not None:
+            check_tp(summarize(checkpoint), tp)
 
 
 def preload_modules(model: str, revision: str | None) -> list[str]:

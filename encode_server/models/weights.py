@@ -14,8 +14,8 @@ from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_fi
 
 
 @contextmanager
-def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Iterator[dict[str, Any]]:
-    """Safetensors slices by their new name, for every key that `rename` does not answer with None.
+def selected_tensors(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """Safetensors slices of the encoder, by the name to load each by.
 
     A slice reads its bytes when transformers indexes it; tensors that are not selected are never touched, and a
     shard without selected tensors is not opened. Valid inside the block.
@@ -27,8 +27,10 @@ def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]
 
     selected: dict[str, Any] = {}
     with ExitStack() as opened:
-        for file in weight_files(checkpoint):
-            wanted = {key: name for key, _ in tensor_dtypes(file) if (name := rename(key)) is not None}
+        stored = {file: [key for key, _ in tensor_dtypes(file)] for file in weight_files(checkpoint)}
+        names = checkpoint.encoder_keys([key for keys in stored.values() for key in keys])
+        for file, keys in stored.items():
+            wanted = {key: names[key] for key in keys if key in names}
             if not wanted:
                 continue
             try:
@@ -48,7 +50,6 @@ def load_model(
     config: Any,
     checkpoint: Checkpoint,
     *,
-    rename: Callable[[str], str | None],
     required: Callable[[str], bool],
     dtype: torch.dtype,
 ) -> nn.Module:
@@ -59,7 +60,7 @@ def load_model(
     Raises:
         StartupError: encoder tensors are missing or have another shape than the configuration says.
     """
-    with selected_tensors(checkpoint, rename) as tensors, quiet():
+    with selected_tensors(checkpoint) as tensors, quiet():
         try:
             model, report = model_class.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True

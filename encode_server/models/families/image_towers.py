@@ -16,8 +16,10 @@ from encode_server.wire.modality import Modality
 class ImageTower(Family):
     """A vision transformer over images of the size its image processor makes."""
 
-    variable_pixels = False
     class_tokens = 1
+
+    def sizes_freely(self, processor: Any) -> bool:
+        return False
 
     def dims(self, model: Any) -> dict[Modality, int]:
         return {Modality.IMAGE: int(model.config.hidden_size)}
