@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -147,13 +147,24 @@ def _indexed_shards(checkpoint: Checkpoint) -> list[str] | None:
     return names
 
 
-def tensor_dtypes(file: Path) -> Iterator[tuple[str, str]]:
-    """Name and dtype (safetensors' name, such as `BF16`) of each tensor in a shard, from its header alone.
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a shard. `dtype`: safetensors' name, such as `BF16`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a shard by name, from its header alone.
 
     Raises:
-        StartupError: the file is not safetensors.
+        StartupError: the file is not safetensors, or ends before its tensors do.
     """
+    tensors, ends = {}, {}
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > 100 << 20:
@@ -161,9 +172,15 @@ def tensor_dtypes(file: Path) -> Iterator[tuple[str, str]]:
             header = json.loads(stream.read(length))
         for name, entry in header.items():
             if name != "__metadata__":
-                yield name, str(entry["dtype"])
+                start, end = entry["data_offsets"]
+                tensors[name] = Stored(str(entry["dtype"]), tuple(entry["shape"]), end - start)
+                ends[name] = 8 + length + end
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise StartupError(f"{file.name} is not a readable safetensors file") from error
+    for name, end in ends.items():
+        if end > size:
+            raise StartupError(f"{file.name} is cut short: {name} ends at byte {end}, the file at byte {size}")
+    return tensors
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:

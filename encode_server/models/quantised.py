@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
+from encode_server.models.checkpoint import Checkpoint, stored_tensors, weight_files
 
 _SETTING = "quantization_config"
 _PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
@@ -39,7 +39,8 @@ def check_unquantised(checkpoint: Checkpoint) -> None:
     Raises:
         StartupError: an encoder tensor is quantised (the message names the first), or a shard is unreadable.
     """
-    stored = {key: dtype for file in weight_files(checkpoint) for key, dtype in tensor_dtypes(file)}
+    files = weight_files(checkpoint)
+    stored = {key: tensor.dtype for file in files for key, tensor in stored_tensors(file).items()}
     # A packed weight has another name than the weight that it stands for.
     plain = {key: _plain_name(key) for key in stored}
     wanted = checkpoint.encoder_keys({*plain.values()})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
+from encode_server.models.checkpoint import Checkpoint, stored_tensors, weight_files
 from encode_server.wire.dtypes import FROM_SAFETENSORS
 from encode_server.wire.modality import Modality
 
@@ -180,7 +180,7 @@ def stored_dtype(checkpoint: Checkpoint, paths: Iterable[tuple[str, ...]]) -> st
         named = config.get("dtype") or config.get("torch_dtype")
         if isinstance(named, str):
             return named.removeprefix("torch.")
-    for _, stored in tensor_dtypes(weight_files(checkpoint)[0]):
-        if stored in FROM_SAFETENSORS:
-            return FROM_SAFETENSORS[stored]
+    for stored in stored_tensors(weight_files(checkpoint)[0]).values():
+        if stored.dtype in FROM_SAFETENSORS:
+            return FROM_SAFETENSORS[stored.dtype]
     return "float32"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from encode_server.errors import StartupError, first_line
-from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
+from encode_server.models.checkpoint import Checkpoint, stored_tensors, weight_files
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def selected_tensors(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
 
     selected: dict[str, Any] = {}
     with ExitStack() as opened:
-        stored = {file: [key for key, _ in tensor_dtypes(file)] for file in weight_files(checkpoint)}
+        stored = {file: list(stored_tensors(file)) for file in weight_files(checkpoint)}
         names = checkpoint.encoder_keys([key for keys in stored.values() for key in keys])
         for file, keys in stored.items():
             wanted = {key: names[key] for key in keys if key in names}
@@ -69,12 +69,16 @@ def load_model(
             raise StartupError(
                 f"model {checkpoint.name!r} does not match its config.json: {first_line(error)}"
             ) from error
-    missing = sorted(key for key in report["missing_keys"] if required(key))
-    if missing:
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise StartupError(f"model {checkpoint.name!r} lacks {len(missing)} encoder tensors: {shown}")
+    missing_tensors(checkpoint, [key for key in report["missing_keys"] if required(key)])
     assert isinstance(model, nn.Module)
     return model.requires_grad_(False)
+
+
+def missing_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raise StartupError if there is any name among `names`, of tensors that the checkpoint lacks."""
+    if missing := sorted(names):
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise StartupError(f"model {checkpoint.name!r} lacks {len(missing)} encoder tensors: {shown}")
 
 
 @contextmanager

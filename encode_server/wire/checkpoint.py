@@ -52,12 +52,14 @@ class Facts(msgspec.Struct, frozen=True):
     """What was found out about a checkpoint by running it.
 
     `refused`: why a modality that the model has is not offered. `whole`: classes of modules that tensor parallelism
-    must not cut, though they look as if it could. `speedups`: names of the changes for speed that leave the rows alone.
+    must not cut, though they look as if it could. `undivided`: those whose heads the number of ranks does not divide.
+    `speedups`: names of the changes for speed that leave the rows alone.
     """
 
     modalities: dict[Modality, ModalityFacts]
     refused: dict[Modality, str] = {}
     whole: list[str] = []
+    undivided: list[str] = []
     speedups: list[str] = []
 
 
@@ -68,7 +70,7 @@ class Inspection(msgspec.Struct, frozen=True):
     directory. `model_type`: the architecture's name in config.json. `modalities`: sorted by name. `dtype`: of the
     checkpoint's weights, in torch's name (`bfloat16`). `probes`: for each modality, tiny valid media (an encoded file).
     `preload`: modules to import before ranks and preparers are forked, so that these load quickly. `facts`: for the
-    ranks, where the checkpoint's family has no rules of its own.
+    ranks, where the checkpoint's family has no rules of its own. `notes`: what the operator should know, a line each.
     """
 
     path: str
@@ -80,3 +82,4 @@ class Inspection(msgspec.Struct, frozen=True):
     probes: dict[Modality, bytes]
     preload: list[str]
     facts: Facts | None = None
+    notes: list[str] = []

@@ -59,6 +59,11 @@ def _narrow(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+def _cut_short(path: Path) -> None:
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[:-100])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -75,6 +80,7 @@ def _narrow(path: Path) -> None:
         (_drop_weights, r"lacks 6 encoder tensors: model\.visual\.blocks\.1\.mlp\.down_proj\.bias"),
         (_language_only, "hold no encoder weights"),
         (_narrow, "does not match its config.json"),
+        (_cut_short, r"model\.safetensors is cut short: .* ends at byte \d+, the file at byte \d+"),
         (
             lambda path: (path / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"visual.a": "gone.safetensors"}}'

@@ -14,6 +14,7 @@ from encode_server.models.generic.compare import equal
 from encode_server.models.generic.features import Features
 from encode_server.models.generic.shards import Encode, whole_kinds
 from encode_server.models.speedups import Speedup, speed_up
+from encode_server.models.structure import find_blocks
 from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
 
@@ -59,6 +60,7 @@ def discover(family: Generic, world: int) -> Facts:
         modalities={modality: one.facts for modality, one in checked.items()},
         refused=refused,
         whole=whole_kinds(model, world, encode, want) if world > 1 else [],
+        undivided=sorted({block.kind for block in find_blocks(model) if not block.divides(world)}),
         speedups=_harmless(model, encode, want),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import load_encoder
 from encode_server.models.inspect import inspect
 from encode_server.models.preprocess import Preprocessor
-from encode_server.wire.checkpoint import Batching, Proof, Route
+from encode_server.wire.checkpoint import Batching, Facts, Proof, Route
 from encode_server.wire.modality import Modality
 from tests.models import samples
 from tests.models.families.builders import BUILDERS, write
@@ -169,3 +170,15 @@ def test_a_modality_that_transformers_cannot_run_is_not_offered(written: Path) -
     assert found.facts is not None
     assert found.modalities == [IMAGE]
     assert "split_with_sizes" in found.facts.refused[VIDEO]
+
+
+def test_heads_that_the_ranks_do_not_divide_stay_whole(written: Path) -> None:
+    found = inspect((str(write("gemma3", written / "gemma3")), None, 3))
+    assert found.facts is not None
+    assert found.facts.undivided == ["SiglipAttention"]
+    assert any("3 does not divide" in note for note in found.notes)
+
+
+def test_what_was_found_out_crosses_to_the_ranks(written: Path) -> None:
+    facts = inspect((str(write("gemma3", written / "gemma3")), None, 2)).facts
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(facts), type=Facts) == facts
