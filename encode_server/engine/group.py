@@ -19,6 +19,7 @@ from encode_server.runtime.forkserver import Forkserver
 from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
+from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
 
 ENTRY = "encode_server.engine.rank:main"
@@ -52,6 +53,7 @@ class GroupSpec:
     dtype: str
     checkpoint_dtype: str
     threads: int
+    facts: Facts | None = None
 
 
 @dataclass
@@ -191,6 +193,7 @@ class RankGroup:
             checkpoint_dtype=spec.checkpoint_dtype,
             threads=spec.threads,
             arena_bytes=self._arena.size,
+            facts=spec.facts,
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)

@@ -310,6 +310,8 @@ class Server:
 
     def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
         settings, metrics = self.settings, self.metrics
+        for note in found.notes:
+            log.warning("%s", note)
         spec = GroupSpec(
             path=found.path,
             world=settings.tp,
@@ -317,6 +319,7 @@ class Server:
             dtype=settings.dtype,
             checkpoint_dtype=found.dtype,
             threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
+            facts=found.facts,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         engine = Supervisor(spec, forkserver, self._arena, options)
