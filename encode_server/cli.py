@@ -108,7 +108,7 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
     explained = options.pop("explain_limits", False)
     settings = load_settings(options)
     if explained:
-        from encode_server.service.memory import explain
+        from encode_server.memory import explain
 
         print(explain(settings))
         return 0

@@ -10,12 +10,12 @@ import uvloop
 from encode_server import __version__
 from encode_server.app import create_app
 from encode_server.errors import StartupError
+from encode_server.memory import warning
 from encode_server.runtime.connections import ConnectionLimits
 from encode_server.runtime.forkserver import Launched
 from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
 from encode_server.runtime.resolving import bound_look_ups
 from encode_server.runtime.tls import check_tls
-from encode_server.service.memory import warning
 from encode_server.settings import Settings
 from encode_server.telemetry import logs
 

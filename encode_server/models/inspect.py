@@ -95,20 +95,6 @@ def _notes(facts: Facts, tp: int) -> list[str]:
     return notes
 
 
-def refuse_early(model: str, tp: int) -> None:
-    """Raise StartupError for what this machine's files alone show to be wrong, before any process is started.
-
-    Imports neither torch nor a media decoder. `inspect` says the rest.
-    """
-    local = Path(model).expanduser()
-    if model != "demo" and (
-        local.is_dir() or local.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    ):
-        checkpoint = resolve(model)
-        if known(checkpoint) is not None:
-            check_tp(summarize(checkpoint), tp)
-
-
 def preload_modules(model: str, revision: str | None) -> list[str]:
     """`Inspection.preload` of `model`, if its config.json is already on this machine, else an empty list.
 

@@ -31,7 +31,7 @@ from encode_server.errors import NotReady, StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
-from encode_server.models.inspect import refuse_early
+from encode_server.models.early import refuse_early
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import EmbeddingCache

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from encode_server.bounds import bounds, table
 from encode_server.runtime.connections import ConnectionLimits
-from encode_server.service.bounds import bounds, table
 from encode_server.service.server import preparer_processes
 from encode_server.settings import Settings
 
