@@ -14,8 +14,9 @@ from encode_server.runtime.forkserver import Child
 def test_a_child_that_is_gone_but_not_reported_can_be_killed_again():
     """The forkserver is lost with its children: nobody reports their exit codes, and their owners kill them."""
 
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
     async def run() -> int:
-        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         child = Child(process.pid, os.pidfd_open(process.pid))
         child.kill()
         await asyncio.to_thread(process.wait)
