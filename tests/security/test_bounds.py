@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from encode_server import memory
 from encode_server.bounds import bounds, table
 from encode_server.cli import main
-from encode_server import memory
 from encode_server.settings import Settings, option_name
 from encode_server.telemetry.metrics import Metrics
 
