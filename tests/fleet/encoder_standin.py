@@ -14,8 +14,8 @@ import zmq
 
 class EncoderStandIn:
     """Media that says `broken` is refused. `mode`: `well`, `full` (429), `loading` (503), `bad` (400), `dies` (the
-    connection breaks when an encode comes), `frozen` (no answers at all). `backlog_s`: what it says of its work. `hold`:
-    encodes wait while it is not set."""
+    connection breaks when an encode comes), `frozen` (no answers at all). `backlog_s`: what it says of its work.
+    `hold`: encodes wait while it is not set."""
 
     def __init__(self, mode: str = "well", port: int = 0) -> None:
         self.mode, self.backlog_s = mode, 0.0
