@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import unquote
 
 import msgspec
 from fastapi import FastAPI
@@ -17,14 +18,15 @@ from encode_server import __version__
 from encode_server.client import ClientError, EncoderPool, EncodeServerError, Item, Modality
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
-from encode_server.errors import EncodeError, NoRoute
+from encode_server.errors import BadRequest, EncodeError, NoRoute
+from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.route.chat import media_items, media_parts, name_parts, renames
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.fleet import Fleet
 from encode_server.route.options import RouteOptions
 from encode_server.route.sglang import SGLangFace
 from encode_server.route.telemetry import Observed, RouteMetrics
-from encode_server.runtime.bodies import from_json, read_all
+from encode_server.runtime.bodies import declared_length, from_json, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.service.keys import ApiKeys
 from encode_server.wire.names import PUSHED_PREFIX
@@ -34,6 +36,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+MAX_ENCODED = 4  # layers of percent signs
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 LINGER_S = 1.0  # a prefill that has just read the list of encoders still sends a part here
 SMALL_BODY = 64 << 10  # decoded on the loop: less work than a change of threads
@@ -47,6 +50,8 @@ class Router:
         self.port = options.port
         self.metrics = RouteMetrics()
         self._engine = Engine(options.engine_url) if options.engine_url else None
+        limits = AdmissionLimits(options.max_requests, options.max_inflight_mb << 20, 1, options.client_share)
+        self._admission = Admission(limits)
         self._encoders = EncoderPool(
             options.encoder_url,
             choice=options.choice,
@@ -105,9 +110,6 @@ class Router:
 
     async def other(self, request: Request) -> Response:
         """Any other request, unchanged."""
-        # It comes decoded, and would be resolved to a path outside /v1/ on its way.
-        if {".", ".."} & set(request.scope["path"].split("/")):
-            return error_response(400, "the path holds . or ..")
         return await self._answered(request, encode=False)
 
     async def health(self) -> Response:
@@ -152,13 +154,20 @@ class Router:
             self._keys.client(request)
             if self._engine is None:
                 raise NoRoute("this proxy has no engine: it was started without --engine-url", 404, None)
-            content = bytes(await read_all(request, self._options.max_body_mb << 20))
-            async with until_caller_goes(request):
-                if encode:
-                    content = await self._encoded(content)
-                return await self._engine.forward(
-                    request.method, request.url.path, request.url.query, request.headers, content
-                )
+            target = _target(request)
+            client = request.client.host if request.client else ""
+            with self._admission.admit(client, declared_length(request)) as ticket:
+                # Who the engine does not know must cost neither memory here nor work of the encoders.
+                if encode and (refusal := await self._engine.refusal(request.headers)) is not None:
+                    return refusal
+                options = self._options
+                raw = await read_all(request, options.max_body_mb << 20, options.least_rate_kb << 10, ticket.grow)
+                content = bytes(raw)
+                del raw
+                async with until_caller_goes(request):
+                    if encode:
+                        content = await self._encoded(content)
+                    return await self._engine.forward(request.method, target, request.headers, content)
         except CallerGone:
             return Response(status_code=CALLER_GONE)
         except EncodeError as error:
@@ -230,6 +239,22 @@ def create_route_app(options: RouteOptions) -> FastAPI:
 
 async def _awaited(work: Awaitable[object]) -> None:
     await work
+
+
+def _target(request: Request) -> bytes:
+    """Path and query as they came. Raises BadRequest for a path that somebody on the way to the engine, or the engine
+    itself, may read as another one: with dots, however often they are encoded, with a backslash or a control character.
+    """
+    raw = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
+    path = request.scope["path"]
+    for _ in range(MAX_ENCODED):
+        if {".", ".."} & set(path.split("/")) or "\\" in path or not path.isprintable():
+            raise BadRequest("the path holds . or .., a backslash or a control character")
+        decoded = unquote(path)
+        if decoded == path:
+            return bytes(raw)
+        path = decoded
+    raise BadRequest(f"the path is encoded more than {MAX_ENCODED} times")
 
 
 async def _maybe_threaded(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -14,6 +14,8 @@ URL_PARTS = {"image_url": Modality.IMAGE, "video_url": Modality.VIDEO, "audio_ur
 # With these, vLLM looks for another name than the `uuid`: a hash over both.
 RENAMING = ("mm_processor_kwargs", "media_io_kwargs")
 
+MAX_UUID = 512
+
 
 @dataclass(frozen=True)
 class MediaPart:
@@ -71,7 +73,9 @@ def _parts(message: Any) -> Iterator[dict[str, Any]]:
 
 
 def _media(part: dict[str, Any]) -> MediaPart | None:
-    kind = part.get("type")
+    kind, name = part.get("type"), part.get("uuid")
+    if name is not None and (not isinstance(name, str) or len(name) > MAX_UUID):
+        raise BadRequest(f"uuid is not a string of at most {MAX_UUID} characters")
     if kind == "input_audio":
         audio = part.get(kind)
         if audio is None:
@@ -79,6 +83,8 @@ def _media(part: dict[str, Any]) -> MediaPart | None:
         if not isinstance(audio, dict) or not isinstance(audio.get("data"), str):
             raise BadRequest("input_audio is not an object with base64 `data`")
         return MediaPart(part, Modality.AUDIO, audio["data"])
+    if not isinstance(kind, str):
+        return None
     if kind not in URL_PARTS or part.get(kind) is None:
         return None
     url = part[kind].get("url") if isinstance(part[kind], dict) else part[kind]

@@ -43,6 +43,11 @@ class RouteOptions:
     ssl_keyfile: str | None = None
     grace_s: float = 60.0
     log_level: str = "info"
+    max_requests: int = 1024
+    max_inflight_mb: int = 1024
+    client_share: float = 0.5
+    least_rate_kb: int = 64
+    max_connections: int = 4096
 
     def __post_init__(self) -> None:
         if self.protocol == "vllm":
@@ -56,6 +61,10 @@ class RouteOptions:
         for url in (*engine, *self.encoder_url, *self.encoder_dns):
             if not url.startswith(("http://", "https://")):
                 raise StartupError(f"{url!r} is not a URL: expected http://HOST:PORT")
+        if min(self.max_requests, self.max_inflight_mb, self.max_body_mb, self.max_connections) < 1:
+            raise StartupError("--max-requests, --max-inflight-mb, --max-body-mb, --max-connections: take 1 and more")
+        if not 0 < self.client_share <= 1 or self.least_rate_kb < 0:
+            raise StartupError("--client-share takes more than 0, up to 1; --least-rate-kb 0 and more")
 
     @property
     def encode_timeout_s(self) -> float:
@@ -99,6 +108,11 @@ def add_route_options(parser: ArgumentParser) -> None:
     add("--video-fps", type=float, metavar="N", help="frames per second that vLLM takes of a video")
     add("--max-body-mb", type=int, metavar="MB", help="largest request body")
     add("--max-waiting-mb", type=int, metavar="MB", help="sglang: bodies held while they are encoded; more wait unread")
+    add("--max-requests", type=int, metavar="N", help="requests not answered yet; beyond it 429")
+    add("--max-inflight-mb", type=int, metavar="MB", help="bodies of these; beyond it 429")
+    add("--client-share", type=float, metavar="PART", help="most of both for one address beside others")
+    add("--least-rate-kb", type=int, metavar="KB", help="KiB a second at which bodies must arrive")
+    add("--max-connections", type=int, metavar="N", help="open connections")
     add("--choice", choices=get_args(Choice), help="which encoder gets an item")
     add_list("--register-url", "sglang: a bootstrap server to register this proxy with, as if it were an encoder")
     add("--advertise-host", metavar="HOST", help="host to register; none: this host's address towards the bootstrap")

@@ -22,7 +22,7 @@ from encode_server.client.encoders import Encoders
 from encode_server.client.http import Answer
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.sglang.endpoints import ReceiveUrl
-from encode_server.delivery.sglang.registrations import Registrations
+from encode_server.delivery.sglang.registrations import Offer, Registrations
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.errors import EncodeError
 from encode_server.route.fleet import Fleet
@@ -70,7 +70,7 @@ class SGLangFace:
         self._timeout_s, self._max_body_bytes = timeout_s, max_body_bytes
         self._registrations = Registrations()
         self._active = ActiveParts()
-        self.held = Undelivered(max_waiting_bytes)
+        self.held = Undelivered(max_waiting_bytes, share=1.0)
         self._relay = PartRelay(
             encoders, self._registrations, ATTEMPTS, lambda reason: metrics.part_failures.labels(reason).inc()
         )
@@ -91,7 +91,7 @@ class SGLangFace:
         deadline = time.monotonic() + self._timeout_s
         declared = request.headers.get("content-length", "")
         size = int(declared) if declared.isascii() and declared.isdigit() else self._max_body_bytes
-        async with self.held.hold(min(size, self._max_body_bytes), patient=True):
+        async with self.held.hold(min(size, self._max_body_bytes), _client(request), patient=True):
             raw = bytes(await read_all(request, self._max_body_bytes))
             if len(raw) < IN_PLACE_BYTES:
                 body = from_json(raw, PartBody)
@@ -130,7 +130,7 @@ class SGLangFace:
         """A prefill rank says where it receives a part; the encoder that has the part is told."""
         body = await read_small(request, ReceiveUrl)
         note(request.scope, req=body.req_id)
-        self._registrations.register(body.req_id, body.receive_url, body.receive_count)
+        self._registrations.register(body.req_id, Offer(body.receive_url, _client(request)), body.receive_count)
         return Response(b"null", media_type=JSON)
 
     async def register(self, request: Request) -> Response:
@@ -179,3 +179,7 @@ def _response(answer: Answer) -> Response:
     headers = {name: answer.headers[name] for name in ("Retry-After",) if name in answer.headers}
     media_type = answer.headers.get("Content-Type", JSON)
     return Response(bytes(answer.body), answer.status, headers=headers, media_type=media_type)
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else ""

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from encode_server.errors import EncodeError
 from encode_server.pipeline.request import MediaItem
+from encode_server.runtime.charge import Charge
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
 
@@ -38,7 +39,7 @@ class Caller(Protocol):
     """Who asks, for fairness: a digest of the API key, else the address."""
 
     declared_bytes: int
-    """How large the body may be, known before it is read."""
+    """How large the body may be, known before it is read; nothing arrived yet, and perhaps never will."""
 
     asked_timeout_s: float | None
     """The deadline that the transport, not the body, names."""
@@ -49,8 +50,8 @@ class Caller(Protocol):
     item_tokens: int | None
     """Encoder tokens that each of the request's items cost on average, once that is known: the answer says so."""
 
-    async def read(self) -> Ask:
-        """Read and parse the body. Raises EncodeError, CallerGone."""
+    async def read(self, charge: Charge) -> Ask:
+        """Read and parse the body, charging what arrives before it is kept. Raises EncodeError, CallerGone."""
 
     def until_gone(self) -> AbstractAsyncContextManager[None]:
         """Cancel what runs inside and raise CallerGone when the caller leaves."""

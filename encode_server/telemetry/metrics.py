@@ -86,6 +86,12 @@ class Metrics:
         self.in_progress = Gauge(
             "encode_requests_in_progress", "Requests admitted and not ended", registry=self.registry
         )
+        self.inflight_bytes = Gauge(
+            "encode_inflight_bytes", "Bytes of bodies, downloads and embeddings of these", registry=self.registry
+        )
+        self.inflight_tokens = Gauge(
+            "encode_inflight_tokens", "Patches and mel frames of these", registry=self.registry
+        )
         self.at_door = Gauge(
             "encode_requests_at_door", "Requests that wait to be admitted, their bodies unread", registry=self.registry
         )
