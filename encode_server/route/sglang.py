@@ -24,7 +24,7 @@ from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.sglang.endpoints import ReceiveUrl
 from encode_server.delivery.sglang.registrations import Offer, Registrations
 from encode_server.delivery.undelivered import Undelivered
-from encode_server.errors import EncodeError
+from encode_server.errors import DeadlineExceeded, EncodeError
 from encode_server.route.fleet import Fleet
 from encode_server.route.parts import Journey, PartRelay, PartRequest
 from encode_server.route.telemetry import RouteMetrics, note
@@ -91,7 +91,13 @@ class SGLangFace:
         deadline = time.monotonic() + self._timeout_s
         declared = request.headers.get("content-length", "")
         size = int(declared) if declared.isascii() and declared.isdigit() else self._max_body_bytes
-        async with self.held.hold(min(size, self._max_body_bytes), _client(request), patient=True):
+        async with contextlib.AsyncExitStack() as held:
+            room = self.held.hold(min(size, self._max_body_bytes), _client(request), patient=True)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await held.enter_async_context(room)
+            except TimeoutError:
+                raise DeadlineExceeded(f"no room for the request's body within {self._timeout_s:g} s") from None
             raw = bytes(await read_all(request, self._max_body_bytes))
             if len(raw) < IN_PLACE_BYTES:
                 body = from_json(raw, PartBody)

@@ -291,3 +291,14 @@ def test_many_bodies_wait_unread(tmp_path):
         assert not a.asked.acquire(timeout=0.5)
         threading.Timer(0.1, a.hold.set).start()
         assert [part.result().status_code for part in parts] == [200] * 4
+
+
+def test_a_body_that_finds_no_room_in_time_is_said(tmp_path):
+    with EncoderStandIn() as a, route(tmp_path, *to(a), "--max-waiting-mb", "1", "--timeout-s", "1.5") as live:
+        prefill = Prefill(live.base_url)
+        a.hold.clear()
+        first = prefill.ask("r0", "0" * (900 << 10))
+        assert a.asked.acquire(timeout=30)
+        second = prefill.ask("r1", "1" * (900 << 10)).result()
+        a.hold.set()
+        assert second.status_code == 504 and first.result().status_code in (200, 504)
