@@ -112,6 +112,16 @@ def test_the_same_media_goes_to_the_same_encoder_and_a_busy_one_is_passed_over(t
         assert "busy" in other.encoded
 
 
+def test_a_strangers_registration_takes_no_ranks_place(tmp_path):
+    with EncoderStandIn() as a, route(tmp_path, *to(a)) as live:
+        stranger = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"))
+        body = {"req_id": "r", "receive_count": 1, "receive_url": "127.0.0.3:9", "modality": "IMAGE"}
+        assert stranger.post(live.base_url + "/scheduler_receive_url", json=body).status_code == 200
+        prefill = Prefill(live.base_url)
+        assert prefill.ask("r").result().status_code == 200
+        assert prefill.ranks[0].came(1) == ["r"]
+
+
 def test_a_part_whose_encoder_dies_is_delivered_by_another(tmp_path):
     with EncoderStandIn("dies") as a, EncoderStandIn() as b, route(tmp_path, *to(a, b)) as live:
         prefill = Prefill(live.base_url, ranks=2)
