@@ -11,16 +11,18 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api.answers import error_answer
-from encode_server.api.routes import build_router, encode_operation
-from encode_server.api.schemas import openapi_components
+from encode_server.api.openapi import complete
+from encode_server.api.routes import build_router
 from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
+from encode_server.runtime.forkserver import Launched
 from encode_server.service.server import Server
 from encode_server.settings import Settings, load_settings
 from encode_server.telemetry import logs
@@ -31,20 +33,28 @@ WORKERS_REFUSED = (
 )
 
 
-def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None) -> FastAPI:
-    """The application of one server.
+def create_app(
+    settings: Settings, on_fatal: Callable[[str], None] | None = None, launched: Launched | None = None
+) -> FastAPI:
+    """The application of one server. `launched`: its forkserver, if it was started before.
 
     `on_fatal` is called when it cannot go on; by default the process is ended by SIGTERM, which ends uvicorn with a
     non-zero status. Raises StartupError for settings that cannot work.
     """
-    server = Server(settings)
+    server = Server(settings, launched)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with server.running(on_fatal or _terminate):
             yield
 
-    app = FastAPI(title="encode_server", version=__version__, lifespan=lifespan)
+    app: FastAPI = FastAPIOffline(  # /docs with assets of our own: servers of this kind seldom reach the internet
+        title="encode_server",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_parameters={"validatorUrl": None},  # else the page asks a public server to judge the document
+    )
     app.include_router(build_router(server))
 
     @app.exception_handler(EncodeError)
@@ -68,11 +78,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None] | None = None
     plain_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = plain_openapi()
-        _, components = openapi_components()
-        document["paths"]["/encode"] = {"post": encode_operation()}
-        document.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        return document
+        return complete(plain_openapi(), locked=bool(settings.api_keys))
 
     app.openapi = openapi  # type: ignore[method-assign]
     app.state.server = server

@@ -1,9 +1,10 @@
-"""The command line: `encode-server serve | demo | demo-model | bench | route`."""
+"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | route`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,8 +12,17 @@ from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
+from encode_server.runtime.forkserver import Launched, launch
 from encode_server.runtime.leaving import leave
-from encode_server.settings import Settings, load_settings, option_name, variable_name
+from encode_server.settings import (
+    PRELOAD,
+    RENAMED,
+    Settings,
+    load_settings,
+    option_name,
+    preload_argument,
+    variable_name,
+)
 
 
 def console() -> NoReturn:
@@ -30,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
     serve = commands.add_parser("serve", help="serve a checkpoint")
     serve.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
+    serve.add_argument(
+        "--explain-limits", action="store_true", help="print all bounds and the memory they allow for, and exit"
+    )
     _add_options(serve, skip="model")
 
     demo = commands.add_parser("demo", help="serve the demo checkpoint and encode a picture, a clip and a sound")
@@ -38,6 +51,17 @@ def main(argv: list[str] | None = None) -> int:
 
     demo_model = commands.add_parser("demo-model", help="write the demo checkpoint (random weights) to a directory")
     demo_model.add_argument("directory", type=Path, metavar="DIR")
+
+    commands.add_parser("models", help="list the model types that can be served, and how each is checked")
+
+    inspect = commands.add_parser(
+        "inspect", help="say what serving a checkpoint would take, without loading its weights"
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a directory, a hub id or `demo`")
+    inspect.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a hub id")
+    inspect.add_argument(
+        "--image", metavar="WxH", action="append", help="an image size to count the tokens of; repeatable"
+    )
 
     bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
     add_bench_arguments(bench)
@@ -57,17 +81,44 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, options: dict[str, Any]) -> int:
+    """Run a command. Raises StartupError where the light install lacks a package that the command needs."""
+    try:
+        return _dispatch(command, options)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package in ("", "encode_server"):
+            raise
+        extra = "bench" if command == "bench" else "server"
+        raise StartupError(
+            f"`{command}` needs the package {package}, which is not installed: pip install 'encode-server[{extra}]'"
+        ) from None
+
+
+def _dispatch(command: str, options: dict[str, Any]) -> int:
     if command == "demo-model":
         from encode_server.models.demo import write_demo
 
         write_demo(options["directory"])
         print(f"wrote the demo checkpoint (its weights are random) to {options['directory']}")
         return 0
+    if command == "models":
+        from encode_server.models.table import as_text, supported
+
+        print(as_text(supported()))
+        return 0
+    if command == "inspect":
+        from encode_server.models.report import report
+
+        sizes = {"sizes": tuple(options["image"])} if options["image"] else {}
+        print(report(options["model"], options["revision"], **sizes))
+        return 0
     if command == "demo":
+        once = options.pop("once")
+        settings = load_settings({"model": "demo"} | options)
+        launched = _launch(settings)
         from encode_server.demo import run_demo
 
-        once = options.pop("once")
-        return run_demo(load_settings({"model": "demo"} | options), once=once)
+        return run_demo(settings, launched, once=once)
     if command == "bench":
         from encode_server.bench.command import run
 
@@ -76,9 +127,24 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
+    explained = options.pop("explain_limits", False)
+    settings = load_settings(options)
+    if explained:
+        from encode_server.memory import explain
+
+        print(explain(settings))
+        return 0
+    launched = _launch(settings)
     from encode_server.serve import serve
 
-    return serve(load_settings(options))
+    return serve(settings, launched)
+
+
+def _launch(settings: Settings) -> Launched:
+    """Start the forkserver before FastAPI is imported: its imports take longest, and begin now."""
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError(name="torch")
+    return launch(PRELOAD, preload_argument(settings))
 
 
 def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
@@ -88,6 +154,8 @@ def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
             continue
         kind = "A,B,…" if isinstance(field.default, tuple) else name.rsplit("_", 1)[-1].upper()
         parser.add_argument(option_name(name), metavar=kind, default=argparse.SUPPRESS, help=_help(name))
+    for name in RENAMED:
+        parser.add_argument(option_name(name), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _help(name: str) -> str:

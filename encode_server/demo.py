@@ -10,6 +10,7 @@ import sys
 import threading
 
 from encode_server.errors import StartupError
+from encode_server.runtime.forkserver import Launched
 from encode_server.serve import serve
 from encode_server.settings import Settings
 
@@ -17,7 +18,7 @@ FIRST_LINE = "Starting the demo checkpoint on {}: a real architecture, its weigh
 SERVER_GONE = 2  # the tour's exit status when the server was ended meanwhile
 
 
-def run_demo(settings: Settings, *, once: bool) -> int:
+def run_demo(settings: Settings, launched: Launched, *, once: bool) -> int:
     """Serve, show it at work, go on until Ctrl-C (with `once`: end after the table).
 
     Raises StartupError when the server cannot start, or when the tour failed.
@@ -26,7 +27,7 @@ def run_demo(settings: Settings, *, once: bool) -> int:
         settings = settings.model_copy(update={"log_level": "warning"})
     tour = _Tour(once=once)
     try:
-        status = serve(settings, on_listening=tour.start)
+        status = serve(settings, launched, on_listening=tour.start)
     finally:
         tour.end()
     if tour.failed:

@@ -6,6 +6,8 @@ through `load_settings`, so a wrong value gives the same sentence either way.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -16,7 +18,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from encode_server.errors import StartupError
 
+log = logging.getLogger(__name__)
+
 ENV_PREFIX = "ENCODE_SERVER_"
+
+RENAMED = {"engine": "protocol"}
+"""Options by the names that earlier versions gave them, and their present names. Both are taken."""
 
 CommaList = Annotated[tuple[str, ...], NoDecode]
 MODULE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
@@ -41,8 +48,17 @@ class Settings(BaseSettings):
     # HTTP.
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    max_connections: int = Field(
+        4096, ge=1, description="open connections; beyond it the one idle longest is closed for a new one"
+    )
     max_body_mb: int = Field(128, ge=1, description="largest request body")
     max_items: int = Field(256, ge=1, description="most media items in one request")
+    least_rate_kb: int = Field(
+        64,
+        ge=0,
+        description="KiB a second at which a client must send its body and take its answer, on average after 5 s; "
+        "0: any rate",
+    )
 
     api_keys: CommaList = Field(
         (),
@@ -102,7 +118,7 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="largest share of each of these three that one client (API key, address) may hold while others "
-        "are active",
+        "are active; of --undelivered-mb, always",
     )
     max_item_tokens: int = Field(
         131_072, ge=1, description="patches or mel frames of one item, as preprocessed; beyond it 413"
@@ -131,8 +147,10 @@ class Settings(BaseSettings):
     fetch_s: float = Field(20.0, gt=0, description="longest time for downloading one item")
 
     # Delivery.
-    engine: Literal["native", "sglang"] = Field(
-        "native", description="whose frames are pushed; sglang: also what its prefill servers ask for beside /encode"
+    protocol: Literal["native", "sglang"] = Field(
+        "native",
+        description="what a pushed embedding looks like; sglang: SGLang's frames, and the endpoints that its prefill "
+        "servers ask for beside /encode",
     )
     destination_allow: CommaList = Field(
         (), description="networks or hosts beside private and loopback ones that embeddings may be pushed to"
@@ -140,8 +158,9 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
 
     undelivered_mb: int = Field(
-        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429"
+        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429, one alone 413"
     )
+    max_answer_mb: int = Field(1024, ge=1, description="embeddings of one request; beyond it 413")
     sglang_receiver_module: str = Field(
         "sglang.srt.disaggregation.encoder.receiver",
         pattern=MODULE,
@@ -185,12 +204,21 @@ class Settings(BaseSettings):
         return parts
 
 
+PRELOAD = "encode_server.models.preload:preload"
+"""What the forkserver calls before its first fork."""
+
+
+def preload_argument(settings: Settings) -> bytes:
+    """The argument of `PRELOAD`."""
+    return json.dumps({"model": settings.model, "revision": settings.revision}).encode()
+
+
 def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
     """The settings from `options` (by field name, as text or typed), else the environment, else the defaults.
 
     Raises StartupError naming the option, what it got and what it takes.
     """
-    given = dict(options or {})
+    given = _by_present_names(options or {})
     if "api_keys" not in given and os.environ.get(variable_name("api_keys"), "unset").strip() == "":
         # Empty variables count as absent, but a secret that was not set must not open the server.
         raise StartupError(f"{variable_name('api_keys')} is empty: give a key, or unset it to serve everybody")
@@ -208,6 +236,20 @@ def option_name(field: str) -> str:
 def variable_name(field: str) -> str:
     """`preproc_workers` → `ENCODE_SERVER_PREPROC_WORKERS`."""
     return ENV_PREFIX + field.upper()
+
+
+def _by_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options`, what was given by a former name now under the present one, also from the environment."""
+    given = dict(options)
+    for old, new in RENAMED.items():
+        variable = os.environ.get(variable_name(old))
+        if old in given:
+            log.warning("%s is called %s now; the old name still works", option_name(old), option_name(new))
+            given.setdefault(new, given.pop(old))
+        elif variable and new not in given and variable_name(new) not in os.environ:
+            log.warning("%s is called %s now; the old name still works", variable_name(old), variable_name(new))
+            given[new] = variable
+    return given
 
 
 def _complaint(error: Any, given: Mapping[str, Any]) -> str:

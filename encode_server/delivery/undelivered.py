@@ -3,35 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator
 
-from encode_server.errors import TooBusy
+from encode_server.errors import TooBusy, TooLarge
 from encode_server.runtime.changes import Changes
 
 
 class Undelivered:
-    """Counts bytes and takes no more than `max_bytes`; a single embedding is always taken when there is no other."""
+    """Counts bytes and takes no more than `max_bytes`, of one client no more than `share` (above 0, up to 1) of them,
+    but for a single embedding. The share holds for a client that is alone, too: what that client takes slowly would
+    keep out whoever comes next.
+    """
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max = max_bytes
+    def __init__(self, max_bytes: int, share: float) -> None:
+        self._max, self._share = max_bytes, share
         self._changes = Changes()
+        self._clients: Counter[str] = Counter()
         self.bytes = 0
 
     @contextlib.asynccontextmanager
-    async def hold(self, nbytes: int, *, patient: bool) -> AsyncIterator[None]:
+    async def hold(self, nbytes: int, client: str, *, patient: bool) -> AsyncIterator[None]:
         """Count an embedding while it waits for its destination. When too many bytes wait already, a patient caller
-        waits until there is room; otherwise this raises TooBusy."""
-        while self.bytes and self.bytes + nbytes > self._max:
+        waits until there is room; otherwise this raises TooBusy. Raises TooLarge for what could never be held."""
+        if nbytes > self._max:
+            raise TooLarge(
+                f"the embedding takes {-(-nbytes >> 20)} MiB on its way, at most {self._max >> 20} MiB are delivered: "
+                "send the items in several requests"
+            )
+        while (reason := self._refusal(nbytes, client)) is not None:
             if not patient:
-                raise TooBusy(
-                    f"{self.bytes >> 20} MiB of embeddings wait for their destinations, the limit is "
-                    f"{self._max >> 20} MiB",
-                    headers={"Retry-After": "1"},
-                )
+                raise TooBusy(reason, headers={"Retry-After": "1"})
             await self._changes.wait()
-        self.bytes += nbytes
+        self._count(client, nbytes)
         try:
             yield
         finally:
-            self.bytes -= nbytes
+            self._count(client, -nbytes)
             self._changes.announce()
+
+    def _refusal(self, nbytes: int, client: str) -> str | None:
+        if self.bytes + nbytes > self._max:
+            return (
+                f"{self.bytes >> 20} MiB of embeddings wait for their destinations, the limit is {self._max >> 20} MiB"
+            )
+        mine = self._clients[client]
+        if mine and mine + nbytes > self._max * self._share:
+            return f"{mine >> 20} MiB of this client's embeddings wait for their destinations, its full share"
+        return None
+
+    def _count(self, client: str, nbytes: int) -> None:
+        self.bytes += nbytes
+        self._clients[client] += nbytes
+        if not self._clients[client]:
+            del self._clients[client]

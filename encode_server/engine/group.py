@@ -19,9 +19,14 @@ from encode_server.runtime.forkserver import Forkserver
 from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
+from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
 
 ENTRY = "encode_server.engine.rank:main"
+
+LOOK_S = 1.0
+"""Seconds from which a command is looked at closely: /proc is not read for those that end sooner."""
+
 PEERS_S = 2.0
 """Time for other ranks to report the same failure; a rank still silent after it is stuck in a collective."""
 
@@ -48,6 +53,7 @@ class GroupSpec:
     dtype: str
     checkpoint_dtype: str
     threads: int
+    facts: Facts | None = None
 
 
 @dataclass
@@ -93,11 +99,6 @@ class RankGroup:
     def states(self) -> list[str]:
         """Per rank: starting, a loading step, ready or dead."""
         return [rank.state for rank in self._ranks]
-
-    @property
-    def pids(self) -> list[int | None]:
-        """Per rank, None before its fork."""
-        return [rank.peer.pid for rank in self._ranks]
 
     def oldest(self) -> Pending | None:
         """The command that has been executed for longest; None when the ranks are idle."""
@@ -146,6 +147,8 @@ class RankGroup:
         if pending.started is None:
             return 0.0
         age = time.monotonic() - pending.started
+        if age < LOOK_S:
+            return age
         late = [rank.peer.pid for index, rank in enumerate(self._ranks) if index not in pending.done and rank.peer.pid]
         if not pending.waited:
             pending.waited = {pid: waited(pid) for pid in late}
@@ -190,6 +193,7 @@ class RankGroup:
             checkpoint_dtype=spec.checkpoint_dtype,
             threads=spec.threads,
             arena_bytes=self._arena.size,
+            facts=spec.facts,
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)

@@ -23,7 +23,7 @@ PROFILE_LIMIT_S = 300.0  # a trace of many forwards takes long to write
 LEAST_LIMIT_S = 5.0  # no forward is taken for a hang before
 OVERDUE = 10.0  # times what a forward should have taken
 COLD_FORWARDS = 4  # of a new group, which still compile kernels: only the upper bound holds for them
-WATCH_S = 0.25
+WATCH_S = 0.5
 
 
 class EngineState(StrEnum):
@@ -86,11 +86,6 @@ class Supervisor:
     def rank_states(self) -> list[str]:
         """Per rank, see `RankGroup.states`."""
         return self._group.states if self._group else []
-
-    @property
-    def rank_pids(self) -> list[int | None]:
-        """Per rank, None before its fork."""
-        return self._group.pids if self._group else []
 
     def forward_age_s(self) -> float | None:
         """Seconds since the ranks came to the oldest forward that they execute; None when they execute none."""

@@ -60,6 +60,7 @@ class Batcher:
         self._alone = False  # the batch in flight must be the only one
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
+        self._expected: dict[asyncio.Task[None], tuple[float, float]] = {}  # when a batch was sent, seconds it takes
         self._closed: str | None = None  # why nothing is forwarded any more
 
     @property
@@ -76,6 +77,26 @@ class Batcher:
     def traffic_in_flight(self) -> int:
         """Batches sent to the ranks that hold more than a health probe."""
         return sum(self._running.values())
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until the ranks have executed what is queued and in flight, as far as costs have been learnt."""
+        seconds = sum(expected for _, expected in self._expected.values())
+        if self._expected:
+            sent_at, expected = next(iter(self._expected.values()))
+            seconds -= min(expected, time.monotonic() - sent_at)
+        for modality, work in self._queue.work.items():
+            if work.patches:
+                seconds += self._costs[modality].seconds(work.patches, work.pairs) or 0.0
+        for batch in self._retries:
+            seconds += self._seconds(batch)
+        return seconds / self._side_by_side
+
+    @property
+    def capacity(self) -> float | None:
+        """Patches that the ranks execute in a second, of the modality that costs most; None before that is learnt."""
+        rates = [rate for cost in self._costs.values() if (rate := cost.patches_per_s) is not None]
+        return min(rates) * self._side_by_side if rates else None
 
     def budget(self, modality: Modality) -> int:
         """Encoder tokens of one batch, at present."""
@@ -125,10 +146,12 @@ class Batcher:
             piece.job.began(piece)
         task = asyncio.create_task(self._forward(batch))
         self._running[task] = not all(piece.job.reserved for piece in batch)
+        self._expected[task] = time.monotonic(), self._seconds(batch)
         task.add_done_callback(self._on_end)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
+        self._expected.pop(task, None)
         self._wake.set()
 
     @property
@@ -172,6 +195,11 @@ class Batcher:
     def _cost(self, piece: Piece) -> int:
         """What the piece takes of a budget."""
         return self._costs[piece.job.modality].of(piece.cost, piece.pairs)
+
+    def _seconds(self, batch: list[Piece]) -> float:
+        """How long a forward of the batch should take; 0 before that is learnt."""
+        patches, pairs = sum(piece.cost for piece in batch), sum(piece.pairs for piece in batch)
+        return self._costs[batch[0].job.modality].seconds(patches, pairs) or 0.0
 
     def _is_live(self, job: Job) -> bool:
         """Whether the job is to be forwarded; a job whose time is up ends here, one whose caller has gone already

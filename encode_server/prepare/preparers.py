@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
+import os
 import signal
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 
 import msgspec
 import zmq
 
 from encode_server.errors import BadMedia, EncodeError, NotReady, StartupError, TooLarge, by_code
+from encode_server.prepare.jobs import AskedPickle, PreparerProcess, PreparingJob, ProcessLost, Stage
+from encode_server.prepare.queue import PreparingQueue
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost
 from encode_server.runtime.peer import Peer
-from encode_server.runtime.progress import active_seconds
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire import preparers as m
 from encode_server.wire.items import ItemOptions
@@ -36,73 +37,13 @@ MAX_HELD = 512 << 20  # bytes of tensors that wait in the preparers for room in 
 OVERTIME = 1.5  # times `decode_s`: the decoders check the time themselves where they can; beyond this nothing checked
 PLACE_S = 30.0  # longest time for copying tensors into the arena
 IDLE_S = 3.0  # a process that works on an item and has neither run nor waited for a core for so long is stopped
-WATCH_S = 0.25
+WATCH_S = 0.5
+ITEM_WEIGHT = 0.05  # of one item in the mean of the items' processor time
 MAX_BARREN = 5  # processes in a row that ended before they could prepare anything
 SIGKILL_DEATHS, OTHER_DEATHS = 3, 2  # of processes, until an item that was alone in the last one is to blame
 
 Room = Callable[[m.PreparedItem], Awaitable[int]]
 """Finds room in the arena for an item's tensors, and returns the offset in bytes."""
-
-
-class Stage(StrEnum):
-    """Where a job is."""
-
-    QUEUED = "queued"
-    PREPARING = "preparing"
-    HELD = "held"
-    PLACING = "placing"
-
-
-class _ProcessLost(Exception):
-    """The job's process is gone; the job can begin again."""
-
-
-@dataclass(eq=False)
-class _Job:
-    number: int
-    command: m.Prepare
-    media: bytes
-    long: bool
-    stage: Stage = Stage.QUEUED
-    alone: bool = False  # to be prepared in a process that does nothing else
-    deaths: int = 0
-    began: float = 0.0  # of `time.monotonic()`, the present stage in the process
-    overtime: bool = False
-    held: int = 0  # bytes of its tensors that wait in the process for room
-    process: _Process | None = None
-    step: asyncio.Future[m.PreparedItem | None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
-
-    def fail(self, error: Exception) -> None:
-        if not self.step.done():
-            self.step.set_exception(error)
-            self.step.exception()  # the caller may be gone
-
-    def next_step(self) -> asyncio.Future[m.PreparedItem | None]:
-        self.step = asyncio.get_running_loop().create_future()
-        return self.step
-
-
-@dataclass(eq=False)
-class _Process:
-    index: int
-    peer: Peer
-    jobs: dict[int, _Job] = field(default_factory=dict)
-    ready: bool = False
-    prepared_any: bool = False
-    failure: str = ""
-    stalled: bool = False  # killed by this room, for standing still
-    active_s: float = 0.0
-    active_at: float = 0.0
-
-    @property
-    def preparing(self) -> list[_Job]:
-        return [job for job in self.jobs.values() if job.stage is Stage.PREPARING]
-
-    @property
-    def exclusive(self) -> bool:
-        return any(job.alone for job in self.preparing)
 
 
 @dataclass(frozen=True)
@@ -122,12 +63,11 @@ class Preparers:
         self._spec, self._forkserver, self._arena_fd, self._metrics = spec, forkserver, arena_fd, metrics
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._numbers = itertools.count(1)
-        self._processes: dict[int, _Process] = {}
-        self._short: deque[_Job] = deque()
-        self._long: deque[_Job] = deque()
-        self._isolated: deque[_Job] = deque()
-        self._pickles: dict[int, tuple[m.Pickle, asyncio.Future[m.Pickled]]] = {}
+        self._processes: dict[int, PreparerProcess] = {}
+        self._queue = PreparingQueue(spec.threads * spec.processes)
+        self._pickles: dict[int, AskedPickle] = {}
         self._held_bytes = 0
+        self._item_s = 0.0  # processor time of an item, on average
         self._turn = 0
         self._ready = asyncio.Event()
         self._closed: str | None = None
@@ -150,11 +90,17 @@ class Preparers:
     @property
     def queued(self) -> int:
         """Items that wait for a thread."""
-        return len(self._short) + len(self._long) + len(self._isolated)
+        return len(self._queue)
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until what waits for a thread has been prepared, by the time that items have taken so far."""
+        threads = min(self._spec.threads * self._spec.processes, len(os.sched_getaffinity(0)))
+        return len(self._queue) * self._item_s / threads
 
     def oldest_s(self) -> float | None:
         """How long the longest preparation in progress has taken, health probes aside; None when there is none."""
-        began = [job.began for process in self._processes.values() for job in self._shared(process)]
+        began = [job.began for process in self._processes.values() for job in process.shared]
         return time.monotonic() - min(began) if began else None
 
     async def wait_ready(self) -> None:
@@ -172,9 +118,22 @@ class Preparers:
             raise StartupError(str(errors.exceptions[0])) from None
         finally:
             self._closed = "the server is stopping"
-            for job in (*self._short, *self._long, *self._isolated):
-                job.fail(NotReady(self._closed))
-            self._context.destroy(linger=0)
+            await self._close(NotReady(self._closed))
+
+    async def _close(self, error: NotReady) -> None:
+        """End the processes, then everything that was asked of them: by then no process writes into the arena."""
+        processes = list(self._processes.values())
+        self._processes.clear()
+        self._ready.clear()
+        await asyncio.gather(*(process.peer.close() for process in processes))
+        jobs = [job for process in processes for job in process.jobs.values()]
+        for job in (*jobs, *self._queue.drain()):
+            job.process = None
+            job.fail(error)
+        for asked in self._pickles.values():
+            asked.fail(error)
+        self._ready.set()  # who waits for a process sees that none will come
+        self._context.destroy(linger=0)
 
     async def prepare(
         self,
@@ -196,7 +155,7 @@ class Preparers:
         """
         number = next(self._numbers)
         long = modality is Modality.VIDEO or len(media) > LONG_MEDIA
-        job = _Job(number, m.Prepare(number, modality, options, max_cost, express), media, long)
+        job = PreparingJob(number, m.Prepare(number, modality, options, max_cost, express), media, long)
         try:
             while True:
                 try:
@@ -204,7 +163,7 @@ class Preparers:
                     offset = await room(item)
                     await self._place(job, item, offset)
                     return item
-                except _ProcessLost:
+                except ProcessLost:
                     self._metrics.prepared_again.inc()
         finally:
             self._forget(job)
@@ -212,41 +171,45 @@ class Preparers:
     async def pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> m.Pickled:
         """The pickle programs of torch objects, see `wire.preparers.Pickle`."""
         number = next(self._numbers)
-        future: asyncio.Future[m.Pickled] = asyncio.get_running_loop().create_future()
-        self._pickles[number] = (m.Pickle(number, dtype, grid, seconds), future)
+        command = m.Pickle(number, dtype, grid, seconds)
         try:
-            while not self._workers():
-                await self._ready.wait()
-            process = min(self._workers(), key=lambda process: len(process.jobs))
-            process.peer.link.send(m.encode(self._pickles[number][0]))
-            return await future
+            while True:
+                await self._until_workers()
+                asked = self._pickles[number] = AskedPickle(min(self._workers(), key=lambda process: len(process.jobs)))
+                asked.process.peer.link.send(m.encode(command))
+                try:
+                    return await asked.answer
+                except ProcessLost:
+                    continue
         finally:
-            del self._pickles[number]
+            self._pickles.pop(number, None)
 
-    async def _until_held(self, job: _Job) -> m.PreparedItem:
+    async def _until_workers(self) -> None:
+        """Return once a process can work. Raises NotReady when none will again."""
+        while not self._workers():
+            if self._closed is not None:
+                raise NotReady(self._closed)
+            await self._ready.wait()
+
+    async def _until_held(self, job: PreparingJob) -> m.PreparedItem:
         if self._closed is not None:
             raise NotReady(self._closed)
         step = job.next_step()
         job.stage, job.process = Stage.QUEUED, None
         if job.command.express:
-            while not self._workers():
-                await self._ready.wait()
+            await self._until_workers()
             self._begin(job, self._for_express())
         else:
-            queue = self._isolated if job.alone else self._long if job.long else self._short
-            if job.deaths:
-                queue.appendleft(job)
-            else:
-                queue.append(job)
+            self._queue.put(job)
             self._dispatch()
         item = await step
         assert item is not None
         return item
 
-    async def _place(self, job: _Job, item: m.PreparedItem, offset: int) -> None:
+    async def _place(self, job: PreparingJob, item: m.PreparedItem, offset: int) -> None:
         process = job.process
         if process is None:  # lost while the item waited for room
-            raise _ProcessLost
+            raise ProcessLost
         step = job.next_step()
         job.stage, job.began = Stage.PLACING, time.monotonic()
         self._hold(job, 0)
@@ -261,20 +224,19 @@ class Preparers:
                     continue
             raise
 
-    def _forget(self, job: _Job) -> None:
+    def _forget(self, job: PreparingJob) -> None:
         """The caller has its result, or has gone."""
-        for queue in (self._short, self._long, self._isolated):
-            if job in queue:
-                queue.remove(job)
+        self._queue.remove(job)
         process = job.process
         if process is None or job.number not in process.jobs:
             return
+        job.forgotten = True
         process.peer.link.send(m.encode(m.Drop(job.number)))
         if job.stage is Stage.HELD:
             self._end(job)
         # A preparation cannot be interrupted: it keeps its thread until the preparer says that it has ended.
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: PreparingJob) -> None:
         """The job leaves its process."""
         self._hold(job, 0)
         if job.process is not None:
@@ -282,15 +244,15 @@ class Preparers:
             job.process = None
         self._dispatch()
 
-    def _hold(self, job: _Job, nbytes: int) -> None:
+    def _hold(self, job: PreparingJob, nbytes: int) -> None:
         """Count the bytes of the job's tensors that wait for room."""
         self._held_bytes += nbytes - job.held
         job.held = nbytes
 
-    def _workers(self) -> list[_Process]:
+    def _workers(self) -> list[PreparerProcess]:
         return [process for process in self._processes.values() if process.ready]
 
-    def _for_express(self) -> _Process:
+    def _for_express(self) -> PreparerProcess:
         """The least busy process, each in turn where several are."""
         self._turn += 1
         return min(
@@ -305,42 +267,27 @@ class Preparers:
             free = [
                 process
                 for process in self._workers()
-                if process is not emptied and not process.exclusive and len(self._shared(process)) < self._spec.threads
+                if process is not emptied and not process.exclusive and len(process.shared) < self._spec.threads
             ]
-            if not free or (job := self._next_job()) is None:
+            long = sum(job.long for process in self._processes.values() for job in process.preparing)
+            if not free or (job := self._queue.take(long)) is None:
                 return
             self._begin(job, min(free, key=lambda process: len(process.preparing)))
 
-    def _dispatch_isolated(self) -> _Process | None:
+    def _dispatch_isolated(self) -> PreparerProcess | None:
         """Begin what has to be alone where a process is empty; else the process that is to become empty."""
-        while self._isolated:
+        while self._queue.isolated:
             workers = self._workers()
             if not workers:
                 return None
-            process = min(workers, key=lambda process: len(self._shared(process)))
-            if self._shared(process):
+            process = min(workers, key=lambda process: len(process.shared))
+            if process.shared:
                 return process
-            self._begin(self._isolated.popleft(), process)
+            self._begin(self._queue.isolated.popleft(), process)
         return None
 
-    def _next_job(self) -> _Job | None:
-        """The oldest item; a long one only while long ones leave a quarter of the threads to others."""
-        threads = self._spec.threads * self._spec.processes
-        long = sum(job.long for process in self._processes.values() for job in process.preparing)
-        may_begin = self._long and long < max(1, threads * 3 // 4)
-        if may_begin and (not self._short or self._long[0].number < self._short[0].number):
-            return self._long.popleft()
-        return self._short.popleft() if self._short else None
-
-    @staticmethod
-    def _shared(process: _Process) -> list[_Job]:
-        return [job for job in process.preparing if not job.command.express]
-
-    def _begin(self, job: _Job, process: _Process) -> None:
-        now = time.monotonic()
-        if not process.jobs:
-            process.active_at = now
-        job.process, job.stage, job.began = process, Stage.PREPARING, now
+    def _begin(self, job: PreparingJob, process: PreparerProcess) -> None:
+        job.process, job.stage, job.began = process, Stage.PREPARING, time.monotonic()
         process.jobs[job.number] = job
         process.peer.link.send(m.encode(job.command), job.media)
 
@@ -348,10 +295,16 @@ class Preparers:
         barren = 0
         while True:
             process = await self._start(index)
-            code = await process.peer.exited
-            await process.peer.close()
+            try:
+                code = await process.peer.exited
+            finally:
+                await process.peer.close()
+            blamed = bool(process.shared)
             self._on_exit(process, code)
-            barren = 0 if process.prepared_any else barren + 1
+            if process.prepared_any:
+                barren = 0
+            elif not blamed:  # or a few items that crash their decoders would end the server
+                barren += 1
             if process.failure and barren:
                 raise StartupError(process.failure)
             if barren > MAX_BARREN:
@@ -361,7 +314,7 @@ class Preparers:
             if barren:
                 await asyncio.sleep(0.1 * 2**barren)
 
-    async def _start(self, index: int) -> _Process:
+    async def _start(self, index: int) -> PreparerProcess:
         while True:
             process = self._new_process(index)
             setup = msgspec.structs.replace(self._spec.setup, socket=process.peer.link.path)
@@ -378,14 +331,14 @@ class Preparers:
             else:
                 return process
 
-    def _new_process(self, index: int) -> _Process:
+    def _new_process(self, index: int) -> PreparerProcess:
         def on_message(frames: list[bytes]) -> None:
             self._on_event(process, m.decode_event(frames[0]))
 
-        process = self._processes[index] = _Process(index, Peer(self._context, on_message))
+        process = self._processes[index] = PreparerProcess(index, Peer(self._context, on_message))
         return process
 
-    def _on_event(self, process: _Process, event: m.Event) -> None:
+    def _on_event(self, process: PreparerProcess, event: m.Event) -> None:
         match event:
             case m.Ready():
                 process.ready = True
@@ -394,13 +347,21 @@ class Preparers:
             case m.Failed(message):
                 process.failure = message
             case m.Pickled(number):
-                if (asked := self._pickles.get(number)) is not None and not asked[1].done():
-                    asked[1].set_result(event)
+                if (asked := self._pickles.get(number)) is not None and not asked.answer.done():
+                    asked.answer.set_result(event)
+            case m.Waiting(number):
+                process.jobs[number].began = math.inf
+            case m.Began(number):
+                process.jobs[number].began = time.monotonic()
             case m.Prepared(number, item, decode_s, preprocess_s):
                 process.prepared_any = True
                 self._metrics.spend("decode", decode_s)
                 self._metrics.spend("preprocess", preprocess_s)
+                self._item_s += (decode_s + preprocess_s - self._item_s) * (ITEM_WEIGHT if self._item_s else 1.0)
                 job = process.jobs[number]
+                if job.forgotten:  # prepared before the preparer read that nobody wants the item
+                    self._end(job)
+                    return
                 job.stage = Stage.HELD
                 self._hold(job, item.nbytes)
                 if not job.step.done():
@@ -416,36 +377,38 @@ class Preparers:
                 process.prepared_any = True
                 self._on_refused(process.jobs[event.job], event)
 
-    def _on_refused(self, job: _Job, refused: m.Refused) -> None:
+    def _on_refused(self, job: PreparingJob, refused: m.Refused) -> None:
         beside_others = job.process is not None and len(job.process.preparing) > 1
         self._end(job)
         if refused.out_of_memory and beside_others and not job.alone:
             job.alone = True  # another item may have had the memory
-            job.fail(_ProcessLost())
+            job.fail(ProcessLost())
         elif refused.code == EncodeError.code:
             log.error("preparing an item failed: %s", refused.message)
             job.fail(EncodeError("an internal error, see the server's log"))
         else:
             job.fail(by_code(refused.code, refused.message))
 
-    def _on_exit(self, process: _Process, code: int) -> None:
+    def _on_exit(self, process: PreparerProcess, code: int) -> None:
         """The process is gone: begin its items again, and blame the item that was alone in it."""
         if self._processes.get(process.index) is process:
             del self._processes[process.index]
         if not self._workers():
             self._ready.clear()
-        suspects = self._shared(process)
+        suspects = process.shared
         jobs, process.jobs = list(process.jobs.values()), {}
         for job in jobs:
             self._hold(job, 0)
             job.process = None
-            job.fail(self._verdict(job, suspects, process, code) or _ProcessLost())
-        for command, future in self._pickles.values():
-            if not future.done() and (workers := self._workers()):
-                workers[0].peer.link.send(m.encode(command))
+            job.fail(self._verdict(job, suspects, process, code) or ProcessLost())
+        for asked in self._pickles.values():
+            if asked.process is process:
+                asked.fail(ProcessLost())
         self._dispatch()
 
-    def _verdict(self, job: _Job, suspects: list[_Job], process: _Process, code: int) -> EncodeError | None:
+    def _verdict(
+        self, job: PreparingJob, suspects: list[PreparingJob], process: PreparerProcess, code: int
+    ) -> EncodeError | None:
         """What to tell the caller of a job whose process is gone; None when the job begins again."""
         if job.overtime:
             return TooLarge(f"decoding the media takes longer than {self._spec.decode_s:g} s")
@@ -455,7 +418,7 @@ class Preparers:
         needed = SIGKILL_DEATHS if code == -signal.SIGKILL else OTHER_DEATHS
         if job.alone and job.deaths >= needed:
             log.warning("an item ended %d preparers (%s): refusing it", job.deaths, _how(code))
-            return BadMedia("its decoder crashed")
+            return BadMedia("its decoder hangs" if process.hung else "its decoder crashed")
         job.alone = True
         return None
 
@@ -465,26 +428,21 @@ class Preparers:
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
             for process in list(self._processes.values()):
-                if process.peer.pid is None or not process.ready:
-                    continue
-                for job in process.jobs.values():
-                    limit = {Stage.PREPARING: OVERTIME * self._spec.decode_s, Stage.PLACING: PLACE_S}.get(job.stage)
-                    if limit is not None and now - job.began > limit and not job.overtime:
-                        job.overtime = job.stage is Stage.PREPARING
-                        process.stalled = not job.overtime
-                        log.error("preparer %d has been %s one item for %.0f s", process.index, job.stage, limit)
-                        process.peer.kill()
-                busy = any(job.stage in (Stage.PREPARING, Stage.PLACING) for job in process.jobs.values())
-                if not busy:
-                    process.active_at = now
-                elif now - process.active_at > IDLE_S / 2:
-                    active = active_seconds(process.peer.pid)
-                    if active != process.active_s or not active:  # 0: this kernel does not say
-                        process.active_s, process.active_at = active, now
-                    elif now - process.active_at > IDLE_S:
-                        process.stalled = True
-                        log.error("preparer %d stands still", process.index)
-                        process.peer.kill()
+                if process.ready:
+                    self._judge(process, now)
+
+    def _judge(self, process: PreparerProcess, now: float) -> None:
+        limits = {Stage.PREPARING: OVERTIME * self._spec.decode_s, Stage.PLACING: PLACE_S}
+        for job in process.jobs.values():
+            if now - job.began > limits.get(job.stage, math.inf) and not job.overtime:
+                job.overtime = job.stage is Stage.PREPARING
+                process.stalled = not job.overtime
+                log.error("preparer %d has been %s one item for %.0f s", process.index, job.stage, now - job.began)
+                process.peer.kill()
+        if process.still_s(now) > IDLE_S:
+            process.hung = True
+            log.error("preparer %d stands still", process.index)
+            process.peer.kill()
 
 
 def _how(code: int) -> str:

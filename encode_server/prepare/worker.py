@@ -6,6 +6,7 @@ prepared again by another one. The forkserver runs `main` in a child.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import mmap
 import os
@@ -22,11 +23,13 @@ import zmq
 
 from encode_server.errors import EncodeError, StartupError, first_line
 from encode_server.media.limits import MediaLimits
+from encode_server.media.sizes import decoded_bytes
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
 from encode_server.prepare import torch_pickles
 from encode_server.prepare.confine import confine
+from encode_server.prepare.memory import DecodeMemory
 from encode_server.runtime.channel import Channel
 from encode_server.runtime.pools import SMALL_COPY
 from encode_server.wire import preparers as m
@@ -53,10 +56,20 @@ class ArenaWriter:
 class Worker:
     """The jobs of one preparer. `serve` runs on the main thread, which alone touches the socket."""
 
-    def __init__(self, preprocessor: Preprocessor, arena: ArenaWriter, channel: Channel, threads: int) -> None:
-        self._preprocessor, self._arena, self._channel = preprocessor, arena, channel
-        self._pool = ThreadPoolExecutor(threads, "prepare")
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        limits: MediaLimits,
+        arena: ArenaWriter,
+        channel: Channel,
+        setup: m.PreparerSetup,
+    ) -> None:
+        self._preprocessor, self._limits, self._arena, self._channel = preprocessor, limits, arena, channel
+        self._memory = DecodeMemory(setup.memory_bytes)
+        self._pool = ThreadPoolExecutor(setup.threads, "prepare")
         self._express = ThreadPoolExecutor(1, "express")
+        # Not on `_pool`: the front waits for each copy, and would wait for the decoders ahead of it, too.
+        self._copies = ThreadPoolExecutor(1, "copy")
         self._lock = Lock()
         self._started: dict[int, Future[None]] = {}
         self._held: dict[int, list[torch.Tensor]] = {}
@@ -75,7 +88,7 @@ class Worker:
                     if sum(map(_nbytes, tensors)) <= SMALL_COPY:
                         self._place(job, tensors, offset)
                     else:
-                        self._pool.submit(self._place, job, tensors, offset)
+                        self._copies.submit(self._place, job, tensors, offset)
                 case m.Drop(job):
                     self._drop(job)
                 case m.Pickle() as command:
@@ -92,7 +105,8 @@ class Worker:
 
         out_of_memory = False
         try:
-            prepared = self._preprocessor.prepare(command.modality, media, command.options, on_decoded)
+            with self._charged(command, media):
+                prepared = self._preprocessor.prepare(command.modality, media, command.options, on_decoded)
             item, tensors = described(prepared, self._preprocessor.split(prepared, command.max_cost))
         except EncodeError as error:
             code, message = error.code, error.message
@@ -113,6 +127,14 @@ class Worker:
         if out_of_memory:
             gc.collect()  # what the failed item still holds in reference cycles
         self._channel.post(m.encode(m.Refused(command.job, code, message, out_of_memory)))
+
+    def _charged(self, command: m.Prepare, media: bytes) -> contextlib.AbstractContextManager[None]:
+        """Hold the memory of the decode. Probes are tiny, and wait for nobody."""
+        if command.express:
+            return contextlib.nullcontext()
+        nbytes = decoded_bytes(command.modality, media, self._limits)
+        waiting, began = m.encode(m.Waiting(command.job)), m.encode(m.Began(command.job))
+        return self._memory.hold(nbytes, lambda: self._channel.post(waiting), lambda: self._channel.post(began))
 
     def _keep(self, job: int, tensors: list[torch.Tensor]) -> bool:
         """Keep a job's tensors until they are asked for; False when the job was dropped meanwhile."""
@@ -175,7 +197,7 @@ def main(argument: bytes, fds: Sequence[int]) -> int:
         gc.freeze()
         confine(setup.memory_bytes)
         channel.send(m.encode(m.Ready()))
-        Worker(preprocessor, arena, channel, setup.threads).serve()
+        Worker(preprocessor, limits, arena, channel, setup).serve()
     except StartupError as error:
         channel.send(m.encode(m.Failed(str(error))))
         return 3

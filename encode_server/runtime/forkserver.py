@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -76,15 +77,47 @@ class Child:
             self.exited.set_result(-signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A forkserver process that imports, and the front's end of the socket pair to it."""
+
+    process: subprocess.Popen[bytes]
+    socket: socket.socket
+
+
+def launch(setup: str, argument: bytes = b"") -> Launched:
+    """Start a forkserver process: it calls `setup` (`module:function`) with `argument` before its first fork, and that
+    function imports what children will need.
+
+    Needs no event loop. Call this function on the main thread: the kernel's parent-death signal follows the thread that
+    started the process.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with theirs:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "encode_server.runtime.forkserver_process"),
+                *("--socket", str(theirs.fileno()), "--parent", str(os.getpid()), "--setup", setup),
+                *("--argument", argument.hex()),
+            ],
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            process_group=0,  # the terminal's Ctrl-C is the front's to act on
+            env=forkserver_environment(),
+        )
+    return Launched(process, ours)
+
+
 class Forkserver:
     """Owner of the forkserver process. `run` lives as long as the server; `fork` and `call` may be called any time.
 
-    `setup`: `module:function` that the process calls before its first fork, with `argument`; the function imports what
-    children will need. Every child ends when the forkserver ends, and the forkserver when this process does.
+    `setup` and `argument`: see `launch`. `launched`: a process that was started so before, to begin with. Every child
+    ends when the forkserver ends, and the forkserver when this process does.
     """
 
-    def __init__(self, setup: str, argument: bytes = b"") -> None:
-        self._setup, self._argument = setup, argument
+    def __init__(self, setup: str, argument: bytes = b"", launched: Launched | None = None) -> None:
+        self._setup, self._argument, self._launched = setup, argument, launched
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._numbers = itertools.count(1)
@@ -100,26 +133,12 @@ class Forkserver:
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the process. Call this method on the main thread: the kernel's parent-death signal follows the thread
-        that started the process."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        with theirs:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "encode_server.runtime.forkserver_process"),
-                    *("--socket", str(theirs.fileno()), "--parent", str(os.getpid()), "--setup", self._setup),
-                    *("--argument", self._argument.hex()),
-                ],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                process_group=0,  # the terminal's Ctrl-C is the front's to act on
-                env=forkserver_environment(),
-            )
-        self._socket = ours
+        """Start the process, or take on the one that was launched. Call this method on the main thread."""
+        launched, self._launched = self._launched or launch(self._setup, self._argument), None
+        self._process, self._socket = launched.process, launched.socket
         self._lost.clear()
         self._started.set()
-        asyncio.get_running_loop().add_reader(ours.fileno(), self._read)
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._read)
 
     async def run(self) -> None:
         """Start the process again whenever it is lost, until cancelled. Raises StartupError when it never works."""
@@ -169,7 +188,8 @@ class Forkserver:
         """Run `function` (`module:function`, on msgpack's idea of `argument`) in a child of its own; its result, of
         type `kind`.
 
-        Raises StartupError when the function raises that, or when the child ends without a result.
+        Raises StartupError when the function raises that, or when the child ends without a result; ForkserverLost
+        when the child ended with the forkserver.
         """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -177,6 +197,7 @@ class Forkserver:
             with theirs:
                 payload = msgspec.msgpack.encode((function, msgspec.msgpack.encode(argument)))
                 child = await self.fork("call", "encode_server.runtime.calls:answer", payload, (theirs.fileno(),))
+            parent = self._socket
             answer = bytearray()
             try:
                 while chunk := await asyncio.get_running_loop().sock_recv(ours, 1 << 20):
@@ -185,6 +206,8 @@ class Forkserver:
                 child.kill()
                 raise
         code = await child.exited
+        if code < 0 and self._socket is not parent:
+            raise ForkserverLost("the forkserver ended, and the call with it")
         if not answer:
             raise StartupError(f"{function} ended with code {code} and said nothing")
         ok, value = msgspec.msgpack.decode(answer, type=tuple[bool, msgspec.Raw])

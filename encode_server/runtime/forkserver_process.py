@@ -18,6 +18,7 @@ import traceback
 from importlib import import_module
 
 from encode_server.runtime.leaving import leave
+from encode_server.runtime.mapped import release_libraries
 from encode_server.wire.forks import LARGEST, Exited, Fork, Forked, decode_fork, encode
 
 PR_SET_PDEATHSIG = 1
@@ -65,6 +66,7 @@ def _be_child(control: socket.socket, fork: Fork, fds: list[int], ours: tuple[in
         name_process(fork.name)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        gc.enable()
         control.close()
         for fd in ours:
             os.close(fd)
@@ -111,11 +113,13 @@ def main() -> int:
     name_process("forkserver")
     for signum in (signal.SIGINT, signal.SIGTERM):  # for the front, which ends its children when their work has ended
         signal.signal(signum, signal.SIG_IGN)
+    # Collections while torch is imported take a second of the start, and find next to nothing.
+    gc.disable()
     module, _, function = args.setup.partition(":")
     getattr(import_module(module), function)(bytes.fromhex(args.argument))
     # What is imported stays: a child's garbage collection would otherwise write to, and so copy, every shared page.
-    gc.collect()
     gc.freeze()
+    release_libraries()
     with socket.socket(fileno=args.socket) as control:
         serve(control)
     return 0

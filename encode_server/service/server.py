@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -32,7 +31,7 @@ from encode_server.errors import NotReady, StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
-from encode_server.models.inspect import refuse_early
+from encode_server.models.early import refuse_early
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import EmbeddingCache
@@ -41,21 +40,22 @@ from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
-from encode_server.runtime.forkserver import Forkserver, ForkserverLost
+from encode_server.runtime.forkserver import Forkserver, ForkserverLost, Launched
 from encode_server.runtime.pools import Pools
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
 from encode_server.service.keys import ApiKeys
-from encode_server.settings import Settings
+from encode_server.settings import PRELOAD, Settings, preload_argument
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
+from encode_server.wire.load import Load
 from encode_server.wire.modality import Modality
 from encode_server.wire.preparers import Pickled, PreparerSetup
 
 log = logging.getLogger(__name__)
 
-LAG_INTERVAL_S = 0.1
+LAG_INTERVAL_S = 0.25
 SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
 FORKSERVER_TRIES = 3
 
@@ -80,14 +80,16 @@ class Server:
     Raises StartupError when the settings cannot work.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, launched: Launched | None = None) -> None:
+        """`launched`: a forkserver that was started before, with `PRELOAD` and `preload_argument`."""
         self.settings = settings
+        self._launched = launched
         self.metrics = Metrics()
         self.port = settings.port  # whoever binds the socket corrects it
-        self.patient = settings.engine == "sglang"
-        self.admission = Admission(_admission_limits(settings), self.metrics)
+        self.patient = settings.protocol == "sglang"
+        self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
-        self.undelivered = Undelivered(settings.undelivered_mb << 20)
+        self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)
         self.fatal: str | None = None
         self.destinations: Destinations
@@ -105,7 +107,6 @@ class Server:
         check_media_options(settings)
         refuse_early(settings.model, settings.tp)
         self._encoding: Encoding | None = None
-        self._forkserver: Forkserver | None = None
         self._changes = Changes()
         self._warm = False
         self._draining = False
@@ -132,11 +133,13 @@ class Server:
             store = None
             if self._folder is not None:
                 store = EmbeddingStore(self._folder, settings.ec_store_age_s, pools.store)
-            if settings.engine == "sglang":
+            if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
                 stack.callback(self.sglang.close)
-            self.destinations = Destinations(self.destination_policy, pusher, pools.send, self.sglang, store)
+            self.destinations = Destinations(
+                self.destination_policy, pusher, pools.send, self.sglang, store, keyed=bool(settings.api_keys)
+            )
             self.pools = pools
             stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             self._announcer.start(settings.advertise_port or self.port)
@@ -208,18 +211,34 @@ class Server:
             return "the encoder is warming up"
         return None
 
+    def load(self) -> Load:
+        """How much work there is, for those who choose among servers."""
+        if (encoding := self._encoding) is None:
+            return Load(0.0)
+        backlog_s = encoding.batcher.backlog_s + encoding.preparers.backlog_s
+        held = self.admission.held.requests
+        if self.admission.waiting and held:
+            # Who waits at the door brings as much work, on average, as those inside.
+            backlog_s *= 1 + self.admission.waiting / held
+        return Load(backlog_s, encoding.batcher.capacity)
+
     async def health(self) -> Verdict:
         """Encode something, or judge what is being encoded; see `HealthProbe`."""
         if self._encoding is None or self.fatal is not None:
             reason = self.fatal or "loading"
             engine = "failed" if self.fatal else "loading"
             return Verdict(False, {"status": "unhealthy", "reason": reason, "engine": engine, "ranks": {}})
-        return await self._encoding.health.check()
+        verdict = await self._encoding.health.check()
+        load = self.load()
+        verdict.document |= {"backlog_seconds": round(load.backlog_s, 4), "capacity": load.capacity}
+        return verdict
 
     def render_metrics(self) -> bytes:
         """Prometheus text, its gauges brought up to date."""
         metrics = self.metrics
         metrics.in_progress.set(self.admission.held.requests)
+        metrics.inflight_bytes.set(self.admission.held.bytes)
+        metrics.inflight_tokens.set(self.admission.held.tokens)
         metrics.at_door.set(self.admission.waiting)
         metrics.undelivered.set(self.undelivered.bytes)
         metrics.registrations.set(len(self.sglang.registrations) if self.sglang else 0)
@@ -227,6 +246,9 @@ class Server:
         metrics.arena_size.set(self._arena.size)
         states = ["dead"] * self.settings.tp
         if (encoding := self._encoding) is not None:
+            load = self.load()
+            metrics.backlog.set(load.backlog_s)
+            metrics.capacity.set(load.capacity or 0)
             metrics.queued.set(encoding.batcher.queued)
             metrics.in_flight.set(encoding.batcher.in_flight)
             metrics.cache_bytes.set(encoding.cache.bytes)
@@ -251,8 +273,7 @@ class Server:
     async def _live(self, source: MediaSource, store: EmbeddingStore | None, on_fatal: Callable[[str], None]) -> None:
         """Run the processes until cancelled. Nothing goes on without one of the background tasks: `on_fatal`."""
         settings = self.settings
-        argument = json.dumps({"model": settings.model, "revision": settings.revision}).encode()
-        forkserver = self._forkserver = Forkserver("encode_server.models.preload:preload", argument)
+        forkserver = Forkserver(PRELOAD, preload_argument(settings), self._launched)
         try:
             forkserver.start()
             async with asyncio.TaskGroup() as outer:
@@ -289,6 +310,8 @@ class Server:
 
     def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
         settings, metrics = self.settings, self.metrics
+        for note in found.notes:
+            log.warning("%s", note)
         spec = GroupSpec(
             path=found.path,
             world=settings.tp,
@@ -296,6 +319,7 @@ class Server:
             dtype=settings.dtype,
             checkpoint_dtype=found.dtype,
             threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
+            facts=found.facts,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         engine = Supervisor(spec, forkserver, self._arena, options)

@@ -86,8 +86,24 @@ class Metrics:
         self.in_progress = Gauge(
             "encode_requests_in_progress", "Requests admitted and not ended", registry=self.registry
         )
+        self.inflight_bytes = Gauge(
+            "encode_inflight_bytes", "Bytes of bodies, downloads and embeddings of these", registry=self.registry
+        )
+        self.inflight_tokens = Gauge(
+            "encode_inflight_tokens", "Patches and mel frames of these", registry=self.registry
+        )
         self.at_door = Gauge(
             "encode_requests_at_door", "Requests that wait to be admitted, their bodies unread", registry=self.registry
+        )
+        self.backlog = Gauge(
+            "encode_backlog_seconds",
+            "Seconds until what the server holds is encoded, by learnt costs",
+            registry=self.registry,
+        )
+        self.capacity = Gauge(
+            "encode_capacity_tokens_per_second",
+            "Encoder tokens that the ranks encode in a second, learnt; 0 before that",
+            registry=self.registry,
         )
         self.queued = Gauge("encode_queued_items", "Items waiting for a batch", registry=self.registry)
         self.in_flight = Gauge("encode_batches_in_flight", "Batches sent to the ranks", registry=self.registry)

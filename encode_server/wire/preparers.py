@@ -100,6 +100,18 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The processors are loaded."""
 
 
+class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
+    """The job's decode waits for memory that other jobs hold. `Began` follows."""
+
+    job: int
+
+
+class Began(msgspec.Struct, frozen=True, tag="began"):
+    """The decode of a job that waited for memory begins: its time counts from now."""
+
+    job: int
+
+
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """The job's tensors exist. `decode_s`, `preprocess_s`: processor time."""
 
@@ -142,7 +154,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Command = Prepare | Place | Drop | Pickle | Shutdown
-Event = Ready | Prepared | Placed | Refused | Pickled | Failed
+Event = Ready | Waiting | Began | Prepared | Placed | Refused | Pickled | Failed
 
 
 class PreparerSetup(msgspec.Struct, frozen=True):

@@ -114,7 +114,7 @@ class Prefill(Engine):
             "logprobs": True,
             "messages": [{"role": "user", "content": [*media, {"type": "text", "text": "hello"}]}],
         }
-        return httpx.post(self.url + "/v1/chat/completions", json=body, timeout=300)
+        return httpx.post(self.url + "/v1/chat/completions", json=body, timeout=900)
 
 
 def sglang_encoder(checkpoint: Path, log: Path, bootstrap: str, backend: str = "zmq_to_scheduler") -> Engine:
@@ -127,7 +127,7 @@ def our_encoder(checkpoint: Path, log: Path, bootstrap: str, *options: str) -> E
     """Ours."""
     port = free_port()
     command = [sys.executable, "-m", "encode_server.cli", "serve", str(checkpoint), "--register-url", bootstrap]
-    given = f"--engine sglang --device cpu --dtype float32 --port {port}".split()
+    given = f"--protocol sglang --device cpu --dtype float32 --port {port}".split()
     return Engine([*command, *given, *options], port, log)
 
 

@@ -1,14 +1,18 @@
 """A real SGLang 0.5.23 with its own encoder, then with ours: the same checkpoint gives the same answers.
 
 `uv run pytest -m interop -s` makes the virtual environment (8 GB) on first use, in SGLANG_VENV or the user's cache, and
-takes some ten minutes on two cores. It prints the table of docs/interop.md.
+takes some ten minutes on two cores. It prints the table of docs/sglang.md.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,11 +80,16 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Iterator[Bench]:
-    """With the answers of one prefill to its own encoder, to one of ours and to two of ours."""
+def empty_bench(tmp_path_factory) -> Bench:
     directory = tmp_path_factory.mktemp("interop")
     subprocess.run([sys.executable, str(HERE / "make_checkpoint.py"), str(directory / "checkpoint")], check=True)
-    bench = Bench(directory / "checkpoint", directory)
+    return Bench(directory / "checkpoint", directory)
+
+
+@pytest.fixture(scope="module")
+def bench(empty_bench) -> Iterator[Bench]:
+    """With the answers of one prefill to its own encoder, to one of ours and to two of ours."""
+    bench = empty_bench
     with bench.prefill() as prefill:
         prefill.answering("/health")
         with bench.own(prefill) as own:
@@ -116,7 +125,7 @@ def test_the_same_answers(bench, encoders, question):
 @pytest.mark.parametrize("encoders", ["ours", "two of ours"])
 @pytest.mark.parametrize("question", ["video", "image and video"])
 def test_video_makes_as_many_tokens(bench, encoders, question):
-    """Which frames are taken differs by a fraction of a second; see docs/interop.md."""
+    """Which frames are taken differs by a fraction of a second; see docs/sglang.md."""
     assert difference(bench, encoders, question) < 0.5
 
 
@@ -141,6 +150,37 @@ def test_to_the_tokenizer(bench):
             assert ask_all(prefill)["one image"].prompt_tokens == 64  # and it goes on
     for question in ("one image", "three images"):
         assert difference(bench, "ours, zmq_to_tokenizer", question) < TOLERANCE
+
+
+def test_a_full_encoder_that_loses_a_rank_lets_the_prefill_wait(empty_bench):
+    """A refusal would end this prefill: 200 chats wait at the door of an encoder with four places, and while a rank is
+    killed and comes back."""
+    with empty_bench.prefill() as prefill:
+        prefill.answering("/health")
+        with empty_bench.ours(prefill, "--max-requests", "4", "--cache-gb", "0") as ours:
+            prefill.with_encoders(1)
+            with ThreadPoolExecutor(200) as pool:
+                chats = [pool.submit(prefill.ask, image(png(seed, 56, 56))) for seed in range(200)]
+                while sum(chat.done() for chat in chats) < 20:
+                    assert prefill.process.poll() is None, prefill.log.read_text()[-3000:]
+                    time.sleep(0.05)
+                os.kill(process_named("rank 0", ours.process.pid), signal.SIGKILL)
+                answers = [chat.result().status_code for chat in chats]
+            assert answers == [200] * 200
+            assert "ranks lost" in ours.log.read_text()
+        assert prefill.process.poll() is None
+
+
+def process_named(name: str, ancestor: int) -> int:
+    """The process below `ancestor` that `ps` shows under this name."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (entry / "comm").read_text().strip() == name:
+            parent = int(entry.name)
+            while parent > 1:
+                parent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+                if parent == ancestor:
+                    return int(entry.name)
+    raise AssertionError(f"no process called {name!r}")
 
 
 def report(answers: dict[str, dict[str, Answer]]) -> None:

@@ -4,11 +4,10 @@ import pytest
 
 from encode_server.errors import TooBusy, TooLarge
 from encode_server.pipeline.admission import Admission, AdmissionLimits
-from encode_server.telemetry.metrics import Metrics
 
 
 def admission(requests=10, nbytes=1000, tokens=1000, share=0.5):
-    return Admission(AdmissionLimits(requests, nbytes, tokens, share), Metrics())
+    return Admission(AdmissionLimits(requests, nbytes, tokens, share))
 
 
 def enter(admission, client="a", nbytes=0):

@@ -46,6 +46,13 @@ def _patch_torch():
             return (lambda f: f) if func is None else func
         return register_fake(op, **kwargs) if func is None else register_fake(op, func, **kwargs)
 
+    def empty_on_the_cpu(*args, device=None, **kwargs):
+        """SGLang's mooncake receiver takes its buffers from `cuda:N` whatever the engine runs on."""
+        if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"
+        return empty(*args, device=device, **kwargs)
+
+    empty, torch.empty = torch.empty, empty_on_the_cpu
     torch._ops._OpNamespace.__getattr__ = op_or_stand_in
     torch.library.register_fake = register_unless_sgl
 
