@@ -22,9 +22,9 @@ from benchmarks.floors import load_plain_model
 from benchmarks.towers import Tower, write_checkpoint
 from encode_server.media.limits import MediaLimits
 from encode_server.media.unique import jpeg
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES, load_encoder
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import open_directory
 from encode_server.wire.modality import Modality
 
 PICTURES = ((112, 112), (224, 168), (112, 112), (308, 252), (56, 420))

@@ -11,9 +11,9 @@ from safetensors.numpy import load as load_safetensors
 from encode_server.bench.report import Result
 from encode_server.media.limits import MediaLimits
 from encode_server.media.unique import UniqueMedia
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import load_encoder
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import open_directory
 
 TOLERANCE = 1e-4
 

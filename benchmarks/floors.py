@@ -27,9 +27,9 @@ from encode_server.media.audio import decode_audio
 from encode_server.media.limits import MediaLimits
 from encode_server.media.unique import UniqueMedia
 from encode_server.media.video import decode_video
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES, load_encoder
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import open_directory
 from encode_server.models.weights import quiet
 from encode_server.wire.modality import Modality
 

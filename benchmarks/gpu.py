@@ -32,9 +32,9 @@ from encode_server.bench.load import Load
 from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
 from encode_server.media.unique import jpeg
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.encoder import DTYPES
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import open_directory
 from encode_server.wire.modality import Modality
 
 SLOW_S = 1.0  # a batch that takes longer is not tried larger

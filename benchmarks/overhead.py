@@ -21,10 +21,10 @@ from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec, RankGroup
 from encode_server.media.limits import MediaLimits
 from encode_server.media.unique import jpeg
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.demo import demo_path
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import open_directory
 from encode_server.pipeline.jobs import Job
 from encode_server.prepare.worker import ArenaWriter, described
 from encode_server.runtime.forkserver import Forkserver

@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a directory, a hub id, or the embedded demo.
+"""A checkpoint on this machine: its configuration, its shards and what their headers say.
 
 Reads JSON and headers only; imports neither torch nor transformers.
 """
@@ -6,21 +6,19 @@ Reads JSON and headers only; imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from encode_server.errors import StartupError, first_line
 
-HUB_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.ttf")
-"""What is fetched from the hub beside the encoder's shards: configuration, processors, tokenizers and the font that one
-of them writes with, never code or pickles."""
-
 _INDEX = "model.safetensors.index.json"
+
+
+Chooser = Callable[["Checkpoint", Iterable[str]], dict[str, str]]
+"""Chooses from all keys of a checkpoint those that its encoder needs, each with the name to load it by."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +26,14 @@ class Checkpoint:
     """A checkpoint on this machine.
 
     `path`: its directory. `config`: its config.json without any `quantization_config`. `name`: as the operator gave the
-    checkpoint. `revision`: the commit of a hub checkpoint, empty for a directory.
+    checkpoint. `choose`: which of its keys the encoder needs. `revision`: the commit of a hub
+    checkpoint, empty for a directory.
     """
 
     path: Path
     config: Mapping[str, Any]
     name: str
+    choose: Chooser = field(compare=False, repr=False)
     revision: str = ""
 
     @property
@@ -47,66 +47,7 @@ class Checkpoint:
         Raises:
             StartupError: an architecture without an encoder that this server knows.
         """
-        return self._select(keys)
-
-    @cached_property
-    def _select(self) -> Callable[[Iterable[str]], dict[str, str]]:
-        from encode_server.models.registry import known
-
-        if (architecture := known(self)) is not None:
-            return partial(_matching, re.compile(architecture.weights))
-        from encode_server.models.generic.keys import selector
-
-        return selector(self)
-
-
-def _matching(pattern: re.Pattern[str], keys: Iterable[str]) -> dict[str, str]:
-    selected = {}
-    for key in keys:
-        if (found := pattern.match(key)) is not None:
-            selected[key] = key[found.start("name") :] if "name" in pattern.groupindex else key
-    return selected
-
-
-def resolve(model: str, revision: str | None = None) -> Checkpoint:
-    """Find the checkpoint that `model` names: `demo`, a directory, or a hub id (`revision`: branch, tag or commit).
-
-    A hub checkpoint is downloaded, as far as the encoder needs it, unless the hub's offline variables
-    (`HF_HUB_OFFLINE`) say otherwise.
-
-    Raises:
-        StartupError: unknown model, missing or unreadable files.
-    """
-    if model == "demo":
-        from encode_server.models.demo import demo_path
-
-        return open_directory(demo_path(), name=model)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return open_directory(path, name=model)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise StartupError(f"model {model!r}: no such directory")
-    snapshot = _download(model, revision)
-    return open_directory(snapshot, name=model, revision=snapshot.name)
-
-
-def open_directory(path: Path, *, name: str | None = None, revision: str = "") -> Checkpoint:
-    """The checkpoint in directory `path`, checked for what loading needs where that is known without transformers.
-
-    Raises:
-        StartupError: config.json or the safetensors are missing or unreadable, or the architecture is unsupported.
-    """
-    from encode_server.models.quantised import unquantised
-    from encode_server.models.registry import known
-
-    name = name or str(path)
-    config = unquantised(read_json(path / "config.json", name))
-    checkpoint = Checkpoint(path=path, config=config, name=name, revision=revision)
-    if not checkpoint.model_type:
-        raise StartupError(f"model {name!r}: config.json names no model_type")
-    if known(checkpoint) is not None:
-        weight_files(checkpoint)
-    return checkpoint
+        return self.choose(self, keys)
 
 
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
@@ -118,7 +59,7 @@ def weight_files(checkpoint: Checkpoint) -> list[Path]:
     Raises:
         StartupError: there are none, or one that is needed is missing.
     """
-    indexed = _indexed_shards(checkpoint)
+    indexed = indexed_shards(checkpoint)
     if indexed is None:
         return _all_shards(checkpoint)
     files = [checkpoint.path / shard for shard in indexed]
@@ -133,7 +74,7 @@ def _all_shards(checkpoint: Checkpoint) -> list[Path]:
     return files
 
 
-def _indexed_shards(checkpoint: Checkpoint) -> list[str] | None:
+def indexed_shards(checkpoint: Checkpoint) -> list[str] | None:
     """Names of the shards that the index names for a key of the encoder; None where there is no index."""
     if not (checkpoint.path / _INDEX).is_file():
         return None
@@ -198,33 +139,3 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StartupError(f"model {name!r}: {path.name} is not a JSON object")
     return content
-
-
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    from encode_server.models.quantised import unquantised
-
-    try:
-        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
-        checkpoint = Checkpoint(path, unquantised(read_json(path / "config.json", model)), model)
-        shards = _indexed_shards(checkpoint) or ["*.safetensors"]
-        return Path(snapshot_download(model, revision=path.name, allow_patterns=shards))
-    except HFValidationError as error:
-        raise StartupError(f"model {model!r} is neither a directory nor a valid hub id") from error
-    except RevisionNotFoundError as error:
-        raise StartupError(f"model {model!r} has no revision {revision!r} on the hub") from error
-    except LocalEntryNotFoundError as error:
-        raise StartupError(
-            f"model {model!r} is neither a directory nor in the local hub cache, and the hub cannot be reached"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise StartupError(f"model {model!r} is neither a directory nor a hub id you have access to") from error
-    except (OSError, ValueError) as error:
-        raise StartupError(f"model {model!r} cannot be fetched from the hub: {first_line(error)}") from error

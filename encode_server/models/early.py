@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from encode_server.models.checkpoint import resolve
 from encode_server.models.registry import check_tp, known, summarize
+from encode_server.models.resolve import resolve
 
 
 def refuse_early(model: str, tp: int) -> None:

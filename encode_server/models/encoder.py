@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
 from encode_server.models.families.generic import Generic
@@ -19,6 +18,7 @@ from encode_server.models.linear import align_mlps
 from encode_server.models.parallel import shard
 from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import check_tp, known, summarize
+from encode_server.models.resolve import open_directory
 from encode_server.models.speedups import Speedup, speed_up
 from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality

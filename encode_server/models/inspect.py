@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import Any
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import read_json, resolve
+from encode_server.models.checkpoint import read_json
 from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import ARCHITECTURES, check_tp, known, stored_dtype, summarize
+from encode_server.models.resolve import resolve
 from encode_server.wire.checkpoint import Batching, Facts, Inspection, Proof
 from encode_server.wire.modality import Modality
 
@@ -34,7 +35,7 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
     """For `arguments` (model, revision, tp): find the checkpoint that `model` names, download the encoder's files if
     necessary, and describe the checkpoint.
 
-    `model` and `revision`: as for `checkpoint.resolve`. `tp`: the number of ranks that will share the encoder.
+    `model` and `revision`: as for `resolve.resolve`. `tp`: the number of ranks that will share the encoder.
 
     Raises:
         StartupError: unknown model, missing or unreadable files, an unsupported architecture, an encoder that is

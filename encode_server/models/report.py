@@ -7,11 +7,12 @@ import re
 from encode_server.errors import EncodeError, StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.media.samples import noise
-from encode_server.models.checkpoint import Checkpoint, resolve, stored_tensors, weight_files
+from encode_server.models.checkpoint import Checkpoint, stored_tensors, weight_files
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
 from encode_server.models.preprocess import Preprocessor
 from encode_server.models.quantised import check_unquantised
+from encode_server.models.resolve import resolve
 from encode_server.models.structure import find_blocks
 from encode_server.models.verify import build_empty, check_tensors
 from encode_server.wire.modality import Modality
@@ -23,7 +24,7 @@ _SIZES = ("448x448", "1024x768", "1920x1080")
 def report(model: str, revision: str | None, sizes: tuple[str, ...] = _SIZES) -> str:
     """Lines for a terminal: class, tensors and bytes that would be read, memory per rank, tokens of images.
 
-    `model`, `revision`: as for `checkpoint.resolve`; a hub checkpoint is fetched as far as serving it needs. `sizes`:
+    `model`, `revision`: as for `resolve.resolve`; a hub checkpoint is fetched as far as serving it needs. `sizes`:
     of images, as `WIDTHxHEIGHT`.
 
     Raises:

@@ -24,9 +24,9 @@ import zmq
 from encode_server.errors import EncodeError, StartupError, first_line
 from encode_server.media.limits import MediaLimits
 from encode_server.media.sizes import decoded_bytes
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import open_directory
 from encode_server.prepare import torch_pickles
 from encode_server.prepare.confine import confine
 from encode_server.prepare.memory import DecodeMemory

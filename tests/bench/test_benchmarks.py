@@ -17,8 +17,8 @@ from encode_server.bench.load import Load
 from encode_server.bench.source import requests
 from encode_server.media.limits import MediaLimits
 from encode_server.media.unique import jpeg
-from encode_server.models.checkpoint import open_directory
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import open_directory
 from encode_server.wire.modality import Modality
 from tests.bench.standin import Standin
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import load_encoder
 from encode_server.models.registry import ARCHITECTURES, Summary, check_tp, summarize
+from encode_server.models.resolve import resolve
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
-from encode_server.models.checkpoint import resolve
 from encode_server.models.demo import demo_path, write_demo
 from encode_server.models.encoder import load_encoder
 from encode_server.models.preprocess import Preprocessor
 from encode_server.models.registry import check_tp, summarize
+from encode_server.models.resolve import resolve
 from encode_server.wire.modality import Modality
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from encode_server.media.limits import MediaLimits
-from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import Encoder, load_encoder
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import resolve
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints

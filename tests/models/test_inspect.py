@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
-from encode_server.models.checkpoint import resolve
 from encode_server.models.inspect import inspect, preload_modules
 from encode_server.models.preprocess import Preprocessor
 from encode_server.models.registry import ARCHITECTURES
+from encode_server.models.resolve import resolve
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints

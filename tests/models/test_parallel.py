@@ -11,10 +11,10 @@ from torch import nn
 
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
-from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import load_encoder
 from encode_server.models.parallel import cut, shard
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import resolve
 from encode_server.models.structure import Block
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints

@@ -13,9 +13,9 @@ from transformers import AutoImageProcessor, AutoVideoProcessor, Qwen2VLImagePro
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from encode_server.media.limits import MediaLimits
-from encode_server.models.checkpoint import resolve
 from encode_server.models.patches import ImagePatches, VideoPatches
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import resolve
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
 from tests.models import samples

@@ -10,11 +10,11 @@ import torch
 
 from encode_server.errors import BadMedia, BadRequest, EncodeError, StartupError, TooLarge, UnsupportedModality
 from encode_server.media.limits import MediaLimits
-from encode_server.models.checkpoint import resolve
 from encode_server.models.families.qwen_vl import patch_timestamps
 from encode_server.models.pixels import unpack
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import resolve
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints

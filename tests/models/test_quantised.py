@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
-from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import load_encoder
 from encode_server.models.inspect import inspect
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.resolve import resolve
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
 from tests.models import samples
