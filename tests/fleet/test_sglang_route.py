@@ -53,6 +53,10 @@ def to(*encoders: EncoderStandIn) -> list[str]:
     return [part for encoder in encoders for part in ("--encoder-url", encoder.url)]
 
 
+def call(method: str, url: str, **more: object) -> httpx.Response:
+    return httpx.request(method, url, timeout=60, **more)  # a limit that a busy machine does not meet
+
+
 class Prefill:
     """Asks as SGLang's prefill asks: a POST for the part, and one for each rank's registration, from other threads."""
 
@@ -114,7 +118,7 @@ def test_the_same_media_goes_to_the_same_encoder_and_a_busy_one_is_passed_over(t
 
 def test_a_strangers_registration_takes_no_ranks_place(tmp_path):
     with EncoderStandIn() as a, route(tmp_path, *to(a)) as live:
-        stranger = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"))
+        stranger = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=60)
         body = {"req_id": "r", "receive_count": 1, "receive_url": "127.0.0.3:9", "modality": "IMAGE"}
         assert stranger.post(live.base_url + "/scheduler_receive_url", json=body).status_code == 200
         prefill = Prefill(live.base_url)
@@ -130,7 +134,7 @@ def test_a_part_whose_encoder_dies_is_delivered_by_another(tmp_path):
         for rank in prefill.ranks:
             assert rank.came(20) == sorted(f"r{number}" for number in range(20))
         assert "failures=1" in live.log
-        assert 'route_part_failures_total{reason="unreachable"}' in httpx.get(live.base_url + "/metrics").text
+        assert 'route_part_failures_total{reason="unreachable"}' in call("GET", live.base_url + "/metrics").text
 
 
 def test_an_encoder_that_answers_nothing_any_more_loses_its_parts(monkeypatch):
@@ -159,7 +163,7 @@ def test_it_waits_for_encoders_that_are_full_loading_or_not_there_yet(tmp_path):
         prefill = Prefill(live.base_url)
         part = prefill.ask("full")
         assert a.asked.acquire(timeout=30)
-        httpx.post(live.base_url + "/register_encoder_url", json={"url": b.url})
+        call("POST", live.base_url + "/register_encoder_url", json={"url": b.url})
         waiting = prefill.ask("loading")
         assert not part.done() and not waiting.done()
         b.mode = "well"
@@ -185,7 +189,7 @@ def test_an_error_waits_for_the_parts_that_are_on_their_way_to_the_same_prefill(
         a.hold.clear()
         slow = prefill.ask("slow")
         assert a.asked.acquire(timeout=30)
-        malformed = httpx.post(live.base_url + "/encode", json={"req_id": "x", "mm_items": []}, timeout=30)
+        malformed = call("POST", live.base_url + "/encode", json={"req_id": "x", "mm_items": []})
         assert malformed.status_code == 400, "it names no prefill"
         elsewhere = prefill.part("r", "broken", prefill_host="10.0.0.1")
         assert elsewhere.result().status_code == 400
@@ -200,8 +204,8 @@ def test_time_is_up_when_no_encoder_comes(tmp_path):
     with route(tmp_path, "--timeout-s", "0.5") as live:
         answer = Prefill(live.base_url).ask("r").result()
         assert answer.status_code == 504 and "no encoder was well" in answer.json()["message"]
-        assert httpx.get(live.base_url + "/health").status_code == 200  # or the prefill's bootstrap would forget it
-        assert httpx.get(live.base_url + "/readyz").status_code == 503
+        assert call("GET", live.base_url + "/health").status_code == 200  # or the prefill's bootstrap would forget it
+        assert call("GET", live.base_url + "/readyz").status_code == 503
 
 
 def test_encoders_register_and_leave_and_the_proxy_registers_itself(tmp_path):
@@ -209,17 +213,17 @@ def test_encoders_register_and_leave_and_the_proxy_registers_itself(tmp_path):
         with route(tmp_path, "--register-url", bootstrap.url) as live:
             assert bootstrap.urls == []
             for url in (a.url, b.url + "/"):
-                assert httpx.post(live.base_url + "/register_encoder_url", json={"url": url}).status_code == 200
-            listed = httpx.get(live.base_url + "/list_encoder_urls").json()
+                assert call("POST", live.base_url + "/register_encoder_url", json={"url": url}).status_code == 200
+            listed = call("GET", live.base_url + "/list_encoder_urls").json()
             assert listed == {"encoder_urls": [a.url, b.url]}
             assert eventually(lambda: bootstrap.urls == [live.base_url])
-            httpx.request("DELETE", live.base_url + "/unregister_encoder_url", json={"url": a.url})
+            call("DELETE", live.base_url + "/unregister_encoder_url", json={"url": a.url})
             prefill = Prefill(live.base_url)
             parts = [prefill.ask(f"r{number}") for number in range(10)]
             assert all(part.result().status_code == 200 for part in parts)
             assert len(b.encoded) == 10 and not a.encoded
             for url in ("http://8.8.8.8:1", "ftp://a:1", "http://127.0.0.1:1/path"):
-                answer = httpx.post(live.base_url + "/register_encoder_url", json={"url": url})
+                answer = call("POST", live.base_url + "/register_encoder_url", json={"url": url})
                 assert answer.status_code in (400, 403), url
             assert live.terminate() == 0
         assert bootstrap.urls == []
@@ -228,7 +232,7 @@ def test_encoders_register_and_leave_and_the_proxy_registers_itself(tmp_path):
 def test_a_name_stands_for_all_its_addresses(tmp_path):
     with EncoderStandIn() as a, route(tmp_path, "--encoder-dns", a.url.replace("127.0.0.1", "localhost")) as live:
         assert Prefill(live.base_url).ask("r").result().status_code == 200
-        assert a.url in httpx.get(live.base_url + "/readyz").json()["encoders"]
+        assert a.url in call("GET", live.base_url + "/readyz").json()["encoders"]
 
 
 def test_what_is_in_progress_ends_before_the_proxy_does(tmp_path):
@@ -262,17 +266,17 @@ def test_options_come_from_the_environment_and_a_key_guards_the_chat_api(tmp_pat
         live = stack.enter_context(route(tmp_path, ENCODE_ROUTE_ENGINE_URL=engine.url, **environment))
         chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
         url = live.base_url + "/v1/chat/completions"
-        assert httpx.post(url, json=chat).status_code == 401
-        assert httpx.post(url, json=chat, headers={"Authorization": "Bearer secret"}).status_code == 200
-        assert httpx.get(live.base_url + "/v1/models").status_code == 401
-        assert httpx.get(live.base_url + "/livez").json()["status"] == "alive"
-        assert httpx.get(live.base_url + "/readyz").status_code == 200
-        text = httpx.get(live.base_url + "/metrics").text
+        assert call("POST", url, json=chat).status_code == 401
+        assert call("POST", url, json=chat, headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert call("GET", live.base_url + "/v1/models").status_code == 401
+        assert call("GET", live.base_url + "/livez").json()["status"] == "alive"
+        assert call("GET", live.base_url + "/readyz").status_code == 200
+        text = call("GET", live.base_url + "/metrics").text
         assert 'route_requests_total{path="/v1/chat/completions",status="401"} 1.0' in text
         assert f'route_encoder_up{{encoder="{a.url}"}} 1.0' in text
         assert "POST /v1/chat/completions status=200" in live.log
     with route(tmp_path / "tls", ENCODE_ROUTE_PROTOCOL="sglang") as live:
-        assert httpx.post(live.base_url + "/v1/chat/completions", json=chat).status_code == 404
+        assert call("POST", live.base_url + "/v1/chat/completions", json=chat).status_code == 404
 
 
 @pytest.mark.parametrize(
