@@ -210,7 +210,7 @@ def _document(
         "lost": outcomes["lost"],
         "rejected": outcomes["rejected"],
         "replayed_items": look.total("encode_replayed_items_total"),
-        "group_restarts": look.total("encode_group_restarts"),
+        "group_restarts": look.total("encode_group_restarts_total"),
         "recover_s": {"median": sorted(outages.seconds)[len(outages.seconds) // 2], "max": max(outages.seconds)}
         if outages.seconds
         else {},

@@ -18,6 +18,7 @@ from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
 from encode_server.service.server import Server
 from encode_server.telemetry.logs import log_request
+from encode_server.telemetry.metrics import UNKNOWN
 from encode_server.wire.embedding import Encoded
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class EncodeEndpoint:
         try:
             caller = HttpCaller(self._server, request, send)
         except EncodeError as error:
-            self._server.metrics.count_request("unknown", error.code)
-            log_request("-", "unknown", error.code, 0, 0, {})
+            self._server.metrics.end_request(UNKNOWN, error.code, UNKNOWN, 0.0)
+            log_request("-", UNKNOWN, error.code, 0, 0, {})
             await answers.error_answer(error, None)(scope, receive, send)
             return
         await serve_encode(self._server, caller)

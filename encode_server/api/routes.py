@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -40,8 +41,9 @@ def build_router(server: Server) -> APIRouter:
         return Response(msgspec.json.encode(document), 503 if reason else 200, media_type=answers.JSON)
 
     @router.get("/metrics", summary="Prometheus metrics")
-    async def metrics() -> Response:
-        return Response(server.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        text, content_type = await server.render_metrics(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": content_type})
 
     add_profile_routes(router, server)
     if server.settings.engine == "sglang":

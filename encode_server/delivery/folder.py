@@ -60,7 +60,7 @@ class EntryFolder:
     """
 
     def __init__(self, path: str, *, max_bytes: int, max_age_s: float, floor_s: float = FLOOR_S) -> None:
-        self._max_bytes, self._max_age_s, self._floor_s = max_bytes, max_age_s, floor_s
+        self.max_bytes, self._max_age_s, self._floor_s = max_bytes, max_age_s, floor_s
         self._lock = threading.Lock()
         self._used: int | None = None  # not known before the directory was read
         try:
@@ -86,16 +86,21 @@ class EntryFolder:
             self._write(identifier, pieces)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreFull("the disk of the embedding store is full") from None
+                raise StoreFull("the disk of the embedding store is full", bound="store") from None
             log.error("cannot store %s: %s", identifier, error)
             raise DeliveryFailed(f"the embedding store cannot be written to: {error.strerror}") from None
         with self._lock:
             self._used = (self._used or 0) + size
 
+    @property
+    def used_bytes(self) -> int:
+        """Of all entries, as last counted: other servers write into the directory as well."""
+        return self._used or 0
+
     def expire(self) -> int:
         """Remove what is too old, and the oldest while there are too many bytes; how many entries went."""
         with self._lock:
-            return self._expire(self._max_bytes)
+            return self._expire(self.max_bytes)
 
     def sweep(self) -> int:
         """Remove what a crash left: unfinished files nobody is writing, and entries cut short; how many went."""
@@ -128,13 +133,14 @@ class EntryFolder:
     def _make_room(self, size: int) -> None:
         with self._lock:
             if self._used is None:
-                self._expire(self._max_bytes)
-            if (self._used or 0) + size > self._max_bytes:
-                self._expire(int(self._max_bytes * LOW_WATER) - size)
-            if (self._used or 0) + size > self._max_bytes:
+                self._expire(self.max_bytes)
+            if (self._used or 0) + size > self.max_bytes:
+                self._expire(int(self.max_bytes * LOW_WATER) - size)
+            if (self._used or 0) + size > self.max_bytes:
                 raise StoreFull(
                     f"the embedding store has no room for {size} bytes: what it holds is too new to be removed",
                     headers={"Retry-After": str(round(self._floor_s) or 1)},
+                    bound="store",
                 )
 
     def _expire(self, max_bytes: int) -> int:

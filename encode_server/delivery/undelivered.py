@@ -13,7 +13,7 @@ class Undelivered:
     """Counts bytes and takes no more than `max_bytes`; a single embedding is always taken when there is no other."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._max = max_bytes
+        self.max_bytes = max_bytes
         self._changes = Changes()
         self.bytes = 0
 
@@ -21,12 +21,13 @@ class Undelivered:
     async def hold(self, nbytes: int, *, patient: bool) -> AsyncIterator[None]:
         """Count an embedding while it waits for its destination. When too many bytes wait already, a patient caller
         waits until there is room; otherwise this raises TooBusy."""
-        while self.bytes and self.bytes + nbytes > self._max:
+        while self.bytes and self.bytes + nbytes > self.max_bytes:
             if not patient:
                 raise TooBusy(
                     f"{self.bytes >> 20} MiB of embeddings wait for their destinations, the limit is "
-                    f"{self._max >> 20} MiB",
+                    f"{self.max_bytes >> 20} MiB",
                     headers={"Retry-After": "1"},
+                    bound="undelivered",
                 )
             await self._changes.wait()
         self.bytes += nbytes

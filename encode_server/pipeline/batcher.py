@@ -6,6 +6,7 @@ Nothing waits for a timer: when no batch waits in the ranks' sockets, what is qu
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import deque
@@ -76,6 +77,21 @@ class Batcher:
     def traffic_in_flight(self) -> int:
         """Batches sent to the ranks that hold more than a health probe."""
         return sum(self._running.values())
+
+    @property
+    def costs(self) -> Mapping[Modality, ForwardCost]:
+        """What has been learnt of forwards, by modality."""
+        return self._costs
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds that the ranks should need for what waits for a batch, by the speed of their last forwards."""
+        costs = dict.fromkeys(self._costs, 0)
+        for piece in itertools.chain(self._queue, *self._retries):
+            costs[piece.job.modality] += self._cost(piece)
+        speeds = {modality: cost.patches_per_second for modality, cost in self._costs.items()}
+        seconds = sum(cost / speeds[modality] for modality, cost in costs.items() if speeds[modality])
+        return seconds / self._side_by_side
 
     def budget(self, modality: Modality) -> int:
         """Encoder tokens of one batch, at present."""
@@ -177,10 +193,10 @@ class Batcher:
         """Whether the job is to be forwarded; a job whose time is up ends here, one whose caller has gone already
         has."""
         if job.abandoned:
-            self._metrics.dropped.labels("gone").inc()
+            self._metrics.dropped["gone"].inc()
             return False
         if time.monotonic() >= job.deadline:
-            self._metrics.dropped.labels("late").inc()
+            self._metrics.dropped["late"].inc()
             job.fail(DeadlineExceeded("its time was up while it waited for the encoder"))
             return False
         return True

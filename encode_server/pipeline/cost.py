@@ -38,6 +38,12 @@ class ForwardCost:
         fixed, per_patch, per_pair = self._seconds
         return max(0.0, fixed + per_patch * patches + per_pair * pairs)
 
+    @property
+    def patches_per_second(self) -> float:
+        """The cost that the last batches got done in a second of a forward, fixed part included; 0 before the first."""
+        seconds = sum(seconds for _, _, seconds in self._seen)
+        return sum(self.of(patches, pairs) for patches, pairs, _ in self._seen) / seconds if seconds else 0.0
+
     def observe(self, patches: int, pairs: int, seconds: float) -> None:
         """A batch of so many patches and pairs took so long."""
         if seconds <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from encode_server.pipeline.jobs import Job, Piece
 from encode_server.wire.modality import Modality
@@ -59,6 +59,10 @@ class FairQueue:
                 served = True
             if not served:
                 return batch
+
+    def __iter__(self) -> Iterator[Piece]:
+        """What is queued, in no order that means anything."""
+        return (piece for lane in self._lanes.values() for _, pieces in lane for piece in pieces)
 
     def drain(self) -> list[Job]:
         """Everything queued, taken out."""

@@ -193,7 +193,7 @@ class _StageClock:
     def note(self, stage: str, seconds: float) -> None:
         self._request.spent(stage, seconds)
         if self._metrics is not None:
-            self._metrics.stage[stage].observe(seconds)
+            self._metrics.stage[self._request.modality][stage].observe(seconds)
 
 
 def _digest(data: bytes) -> str:

@@ -67,8 +67,16 @@ class PreparerProcess:
     prepared_any: bool = False
     failure: str = ""
     stalled: bool = False
+    overtime: bool = False  # killed because an item took too long
     active_s: float = 0.0
     active_at: float = 0.0
+
+    @property
+    def cause(self) -> str:
+        """Why the process ended, in one word, for counting: see `telemetry.metrics.PREPARER_CAUSES`."""
+        if self.overtime:
+            return "overtime"
+        return "hang" if self.stalled else "failed" if self.failure else "died"
 
     @property
     def busy(self) -> bool:

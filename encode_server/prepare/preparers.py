@@ -84,6 +84,16 @@ class Preparers:
         """Items that wait for a thread."""
         return len(self._queue)
 
+    @property
+    def threads(self) -> int:
+        """Items that can be prepared concurrently."""
+        return self._spec.threads * self._spec.processes
+
+    @property
+    def threads_busy(self) -> int:
+        """Items that are being prepared, health probes aside."""
+        return sum(len(process.shared) for process in self._processes.values())
+
     def oldest_s(self) -> float | None:
         """How long the longest preparation in progress has taken, health probes aside; None when there is none."""
         began = [job.began for process in self._processes.values() for job in process.shared]
@@ -270,6 +280,7 @@ class Preparers:
             if barren > MAX_BARREN:
                 raise StartupError(f"preparers end before they prepare anything: {_how(code)}")
             self.restarts += 1
+            self._metrics.preparer_restarts[process.cause].inc()
             log.error("preparer %d was lost (%s); starting another", index, process.failure or _how(code))
             if barren:
                 await asyncio.sleep(0.1 * 2**barren)
@@ -391,7 +402,7 @@ class Preparers:
         limits = {Stage.PREPARING: OVERTIME * self._spec.decode_s, Stage.PLACING: PLACE_S}
         for job in process.jobs.values():
             if now - job.began > limits.get(job.stage, math.inf) and not job.overtime:
-                job.overtime = job.stage is Stage.PREPARING
+                job.overtime = process.overtime = job.stage is Stage.PREPARING
                 process.stalled = not job.overtime
                 log.error("preparer %d has been %s one item for %.0f s", process.index, job.stage, now - job.began)
                 process.peer.kill()

@@ -19,6 +19,7 @@ from encode_server.service.caller import Ask, Caller
 from encode_server.service.destinations import Destination
 from encode_server.service.server import Server
 from encode_server.telemetry.logs import log_request
+from encode_server.telemetry.metrics import UNKNOWN
 from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ class _Record:
     """What the request's log line and metrics say in the end."""
 
     req_id: str | None = None
-    modality: str = "unknown"
+    modality: str = UNKNOWN
+    destination: str = UNKNOWN
     items: int = 0
     tokens: int = 0
     stages: dict[str, float] = field(default_factory=dict)
@@ -48,6 +50,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             ask = await _read(server, caller, ticket)
             req_id = ask.req_id or uuid.uuid4().hex
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
+            record.destination = ask.destination
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
             request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages)
             await _encode_and_deliver(server, caller, ask, request, record)
@@ -55,10 +58,12 @@ async def serve_encode(server: Server, caller: Caller) -> None:
         outcome = "gone"
     except EncodeError as error:
         outcome = error.code
+        if error.bound is not None:
+            server.metrics.refusals[error.bound].inc()
         with contextlib.suppress(CallerGone):
             await caller.refuse(error, record.req_id)
-    server.metrics.count_request(record.modality, outcome)
     record.stages["total"] = time.perf_counter() - started
+    server.metrics.end_request(record.modality, outcome, record.destination, record.stages["total"])
     log_request(record.req_id or "-", record.modality, outcome, record.items, record.tokens, record.stages)
 
 
@@ -121,7 +126,7 @@ async def _encode_and_deliver(
                         await destination.delivery.deliver(part, encoded)
                 spent = time.perf_counter() - began
                 request.spent("deliver", spent)
-                server.metrics.stage["deliver"].observe(spent)
+                server.metrics.stage[request.modality]["deliver"].observe(spent)
             if destination is not None:
                 await caller.confirm(request.req_id, encoded, silent=destination.silent)
         except CallerGone:

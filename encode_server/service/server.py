@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.folder import EntryFolder
@@ -41,9 +42,10 @@ from encode_server.pipeline.request import EncodeRequest
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost, Launched
-from encode_server.runtime.pools import Pools
+from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
+from encode_server.service.gauges import show_gauges
 from encode_server.service.keys import ApiKeys
 from encode_server.settings import PRELOAD, Settings, preload_argument
 from encode_server.telemetry.metrics import Metrics
@@ -83,10 +85,10 @@ class Server:
         """`launched`: a forkserver that was started before, with `PRELOAD` and `preload_argument`."""
         self.settings = settings
         self._launched = launched
-        self.metrics = Metrics()
+        self.metrics = Metrics(__version__)
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.engine == "sglang"
-        self.admission = Admission(_admission_limits(settings), self.metrics)
+        self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20)
         self.keys = ApiKeys(settings.api_keys)
@@ -95,7 +97,7 @@ class Server:
         self.sglang: SGLangDeliveries | None = None
         self._limits = media_limits(settings)
         self.destination_policy = DestinationPolicy(settings.destination_allow)
-        self._folder = _entry_folder(settings)
+        self.folder = _entry_folder(settings)
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -105,7 +107,7 @@ class Server:
         )
         check_media_options(settings)
         refuse_early(settings.model, settings.tp)
-        self._encoding: Encoding | None = None
+        self.encoding: Encoding | None = None
         self._changes = Changes()
         self._warm = False
         self._draining = False
@@ -123,15 +125,15 @@ class Server:
         async with contextlib.AsyncExitStack() as stack:
             pools = Pools(settings.send_workers)
             stack.callback(pools.close)
-            self._arena = Arena(settings.arena_mb << 20)
-            stack.callback(self._arena.close)
+            self.arena = Arena(settings.arena_mb << 20)
+            stack.callback(self.arena.close)
             source = MediaSource(settings.media_allow, settings.media_roots, self._limits, pools.work)
             stack.push_async_callback(source.aclose)
             pusher = Pusher(settings.send_timeout_s)
             stack.callback(pusher.close)
             store = None
-            if self._folder is not None:
-                store = EmbeddingStore(self._folder, settings.ec_store_age_s, pools.store)
+            if self.folder is not None:
+                store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store)
             if settings.engine == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
@@ -170,9 +172,9 @@ class Server:
 
     async def encode(self, request: EncodeRequest) -> Encoded:
         """The embedding of an admitted request, see `Pipeline.encode`."""
-        if self._encoding is None:
+        if self.encoding is None:
             raise NotReady(self.not_ready() or "loading")
-        return await self._encoding.pipeline.encode(request, self._encoding.route)
+        return await self.encoding.pipeline.encode(request, self.encoding.route)
 
     async def until_open(self, wait_s: float) -> None:
         """Return once requests are taken. Raises NotReady when that takes longer than `wait_s` seconds, or never
@@ -200,50 +202,31 @@ class Server:
             return "the server is stopping"
         if self.fatal is not None:
             return self.fatal
-        if self._encoding is None:
+        if self.encoding is None:
             return "the checkpoint is being looked up"
-        if not self._encoding.engine.ready:
-            return f"the encoder is {self._encoding.engine.state}"
+        if not self.encoding.engine.ready:
+            return f"the encoder is {self.encoding.engine.state}"
         if not self._warm:
             return "the encoder is warming up"
         return None
 
     async def health(self) -> Verdict:
         """Encode something, or judge what is being encoded; see `HealthProbe`."""
-        if self._encoding is None or self.fatal is not None:
+        if self.encoding is None or self.fatal is not None:
             reason = self.fatal or "loading"
             engine = "failed" if self.fatal else "loading"
             return Verdict(False, {"status": "unhealthy", "reason": reason, "engine": engine, "ranks": {}})
-        return await self._encoding.health.check()
+        return await self.encoding.health.check()
 
-    def render_metrics(self) -> bytes:
-        """Prometheus text, its gauges brought up to date."""
-        metrics = self.metrics
-        metrics.in_progress.set(self.admission.held.requests)
-        metrics.at_door.set(self.admission.waiting)
-        metrics.undelivered.set(self.undelivered.bytes)
-        metrics.registrations.set(len(self.sglang.registrations) if self.sglang else 0)
-        metrics.arena_used.set(self._arena.used)
-        metrics.arena_size.set(self._arena.size)
-        states = ["dead"] * self.settings.tp
-        if (encoding := self._encoding) is not None:
-            metrics.queued.set(encoding.batcher.queued)
-            metrics.in_flight.set(encoding.batcher.in_flight)
-            metrics.cache_bytes.set(encoding.cache.bytes)
-            metrics.restarts.set(encoding.engine.restarts)
-            metrics.preparer_restarts.set(encoding.preparers.restarts)
-            metrics.preparing_queued.set(encoding.preparers.queued)
-            for index, state in enumerate(encoding.preparers.states):
-                metrics.preparer_up.labels(str(index)).set(state != "starting")
-            states = encoding.engine.rank_states or states
-        for rank, state in enumerate(states):
-            metrics.rank_up.labels(str(rank)).set(state == "ready")
-        return metrics.render()
+    async def render_metrics(self, accept: str) -> tuple[bytes, str]:
+        """`/metrics`, its gauges brought up to date, and its content type; see `Metrics.render`."""
+        show_gauges(self)
+        return await run(self.pools.work, self.metrics.render, accept)  # some milliseconds: too long for the loop
 
     def _known(self) -> Encoding:
-        if self._encoding is None:
+        if self.encoding is None:
             raise NotReady("the checkpoint is being looked up")
-        return self._encoding
+        return self.encoding
 
     async def _pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> Pickled:
         return await self._known().preparers.pickle(dtype, grid, seconds)
@@ -265,7 +248,7 @@ class Server:
                         group.create_task(encoding.engine.run())
                         group.create_task(encoding.preparers.run())
                         group.create_task(encoding.batcher.run())
-                        self._encoding = encoding
+                        self.encoding = encoding
                         self._changes.announce()
                         await self._warm_up(encoding)
                 finally:
@@ -297,8 +280,8 @@ class Server:
             threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
-        engine = Supervisor(spec, forkserver, self._arena, options)
-        preparers = Preparers(self._preparer_spec(found), forkserver, self._arena.fd, metrics)
+        engine = Supervisor(spec, forkserver, self.arena, options, metrics)
+        preparers = Preparers(self._preparer_spec(found), forkserver, self.arena.fd, metrics)
         budgets = {
             Modality.IMAGE: settings.image_batch_tokens,
             Modality.VIDEO: settings.video_batch_tokens,
@@ -312,7 +295,7 @@ class Server:
             source=source,
             pools=self.pools,
             preparers=preparers,
-            arena=self._arena,
+            arena=self.arena,
             engine=engine,
             batcher=batcher,
             max_item_tokens=settings.max_item_tokens,
@@ -331,7 +314,7 @@ class Server:
             max_item_tokens=settings.max_item_tokens,
             threads=-(-settings.preproc_workers // processes),
             memory_bytes=settings.preproc_memory_mb << 20,
-            arena_bytes=self._arena.size,
+            arena_bytes=self.arena.size,
         )
         return PreparerSpec(processes, setup.threads, settings.decode_s, setup)
 
