@@ -25,6 +25,8 @@ from encode_server.runtime.forkserver import Launched
 from encode_server.service.server import Server
 from encode_server.settings import Settings, load_settings
 from encode_server.telemetry import logs
+from encode_server.telemetry.ids import current_ids
+from encode_server.telemetry.request_ids import HEADER, RequestIds
 
 WORKERS_REFUSED = (
     "encode-server: it runs in one process (uvicorn --workers and --reload are refused): "
@@ -49,6 +51,7 @@ def create_app(
 
     app = FastAPI(title="encode_server", version=__version__, lifespan=lifespan)
     app.include_router(build_router(server))
+    app.add_middleware(RequestIds)
 
     @app.exception_handler(EncodeError)
     async def answer_error(request: Request, error: EncodeError) -> Response:
@@ -65,8 +68,10 @@ def create_app(
 
     @app.exception_handler(Exception)
     async def answer_unexpected(request: Request, error: Exception) -> Response:
-        # The log has the traceback; the caller gets no internals.
-        return error_answer(EncodeError("an internal error, see the server's log"), None)
+        # The log has the traceback; the caller gets no internals. This answer passes no middleware.
+        ids = current_ids()
+        headers = {HEADER: ids.request_id} if ids else {}
+        return error_answer(EncodeError("an internal error, see the server's log", headers=headers), None)
 
     plain_openapi = app.openapi
 
@@ -98,7 +103,7 @@ def __getattr__(name: str) -> Any:
         sys.exit(1)
     try:
         settings = load_settings()
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         return create_app(settings)
     except StartupError as error:
         sys.exit(f"encode-server: {error}")

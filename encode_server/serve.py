@@ -26,7 +26,7 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
 
     Raises StartupError when it cannot start as asked, or cannot go on.
     """
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     failures: list[str] = []
     server: Uvicorn
 

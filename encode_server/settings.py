@@ -173,6 +173,10 @@ class Settings(BaseSettings):
         None, description="directory for the traces of /start_profile and /stop_profile; none: refused"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="how the log is written; json: one object per line, with the ids of request and trace",
+    )
 
     @field_validator("media_allow", "media_roots", "destination_allow", "api_keys", "register_url", mode="before")
     @classmethod

@@ -16,9 +16,8 @@ from encode_server.errors import BadRequest, DeliveryFailed, EncodeError
 from encode_server.runtime.caller import until_caller_goes
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
+from encode_server.service.record import Record, note_end
 from encode_server.service.server import Server
-from encode_server.telemetry.logs import log_request
-from encode_server.telemetry.metrics import UNKNOWN
 from encode_server.wire.embedding import Encoded
 
 log = logging.getLogger(__name__)
@@ -39,8 +38,7 @@ class EncodeEndpoint:
         try:
             caller = HttpCaller(self._server, request, send)
         except EncodeError as error:
-            self._server.metrics.end_request(UNKNOWN, error.code, UNKNOWN, 0.0)
-            log_request("-", UNKNOWN, error.code, 0, 0, {})
+            note_end(self._server.metrics, Record(stages={"total": 0.0}), error.code)
             await answers.error_answer(error, None)(scope, receive, send)
             return
         await serve_encode(self._server, caller)

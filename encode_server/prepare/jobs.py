@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import active_seconds
 from encode_server.wire import preparers as m
+
+log = logging.getLogger(__name__)
 
 
 class Stage(StrEnum):
@@ -38,6 +42,7 @@ class PreparingJob:
     deaths: int = 0
     began: float = 0.0  # of `time.monotonic()`, the present stage in the process
     overtime: bool = False
+    context: Context = field(default_factory=copy_context)  # of the request, for what is logged about the item
     held: int = 0  # bytes of its tensors that wait in the process for room
     process: PreparerProcess | None = None
     step: asyncio.Future[m.PreparedItem | None] = field(
@@ -49,6 +54,10 @@ class PreparingJob:
         if not self.step.done():
             self.step.set_exception(error)
             self.step.exception()  # the caller may be gone
+
+    def log(self, level: int, message: str, *args: object) -> None:
+        """Log a line about the item that names its request."""
+        self.context.run(log.log, level, message, *args)
 
     def next_step(self) -> asyncio.Future[m.PreparedItem | None]:
         """Begin a stage."""

@@ -351,7 +351,7 @@ class Preparers:
             job.alone = True  # another item may have had the memory
             job.fail(ProcessLost())
         elif refused.code == EncodeError.code:
-            log.error("preparing an item failed: %s", refused.message)
+            job.log(logging.ERROR, "preparing an item failed: %s", refused.message)
             job.fail(EncodeError("an internal error, see the server's log"))
         else:
             job.fail(by_code(refused.code, refused.message))
@@ -384,7 +384,7 @@ class Preparers:
         job.deaths += 1
         needed = SIGKILL_DEATHS if code == -signal.SIGKILL else OTHER_DEATHS
         if job.alone and job.deaths >= needed:
-            log.warning("an item ended %d preparers (%s): refusing it", job.deaths, _how(code))
+            job.log(logging.WARNING, "an item ended %d preparers (%s): refusing it", job.deaths, _how(code))
             return BadMedia("its decoder crashed")
         job.alone = True
         return None
@@ -404,7 +404,8 @@ class Preparers:
             if now - job.began > limits.get(job.stage, math.inf) and not job.overtime:
                 job.overtime = process.overtime = job.stage is Stage.PREPARING
                 process.stalled = not job.overtime
-                log.error("preparer %d has been %s one item for %.0f s", process.index, job.stage, now - job.began)
+                age = now - job.began
+                job.log(logging.ERROR, "preparer %d has been %s one item for %.0f s", process.index, job.stage, age)
                 process.peer.kill()
         if process.still_s(now) > IDLE_S:
             process.stalled = True

@@ -21,6 +21,7 @@ from encode_server.route.engine import Engine, error_response
 from encode_server.route.options import RouteOptions
 from encode_server.runtime.bodies import from_json, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.telemetry.request_ids import RequestIds
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -122,6 +123,7 @@ def create_route_app(options: RouteOptions) -> FastAPI:
             yield
 
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
+    app.add_middleware(RequestIds)
     app.add_api_route("/v1/chat/completions", router.chat, methods=["POST"], response_model=None)
     app.add_api_route("/health", router.health, methods=["GET"])
     app.add_api_route("/v1/{path:path}", router.other, methods=METHODS, include_in_schema=False)

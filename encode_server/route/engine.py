@@ -11,6 +11,8 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from encode_server.errors import DeliveryFailed
+from encode_server.telemetry.ids import current_ids
+from encode_server.telemetry.request_ids import HEADER
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ NOT_FORWARDED = frozenset(
         "content-length",
     }
 )
+# The proxy's own answers name the request already.
+NOT_RETURNED = NOT_FORWARDED - {"content-length"} | {HEADER.lower()}
 
 
 class Engine:
@@ -55,6 +59,8 @@ class Engine:
     ) -> StreamingResponse:
         """Send a request on; returns when the engine has begun to answer. Raises DeliveryFailed when it does not."""
         kept = {name: value for name, value in headers.items() if name.lower() not in NOT_FORWARDED}
+        if (ids := current_ids()) is not None:
+            kept[HEADER.lower()] = ids.request_id
         url = httpx.URL(path=path, query=query.encode())
         request = self._http.build_request(method, url, headers=kept, content=content)
         try:
@@ -63,7 +69,7 @@ class Engine:
             raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
         response = StreamingResponse(_chunks(answer), answer.status_code)
         for name, value in answer.headers.multi_items():
-            if name.lower() not in NOT_FORWARDED - {"content-length"}:
+            if name.lower() not in NOT_RETURNED:
                 response.headers.append(name, value)
         return response
 

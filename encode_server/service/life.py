@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from encode_server.delivery.base import Part
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
@@ -17,24 +16,11 @@ from encode_server.pipeline.request import EncodeRequest
 from encode_server.runtime.caller import CallerGone
 from encode_server.service.caller import Ask, Caller
 from encode_server.service.destinations import Destination
+from encode_server.service.record import Record, new_req_id, note_end
 from encode_server.service.server import Server
-from encode_server.telemetry.logs import log_request
-from encode_server.telemetry.metrics import UNKNOWN
 from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Record:
-    """What the request's log line and metrics say in the end."""
-
-    req_id: str | None = None
-    modality: str = UNKNOWN
-    destination: str = UNKNOWN
-    items: int = 0
-    tokens: int = 0
-    stages: dict[str, float] = field(default_factory=dict)
 
 
 async def serve_encode(server: Server, caller: Caller) -> None:
@@ -43,12 +29,12 @@ async def serve_encode(server: Server, caller: Caller) -> None:
     The request holds its place from before its body is read until the last byte of its answer has been taken, and its
     outcome is what happened to that answer.
     """
-    record, started, outcome = _Record(), time.perf_counter(), "ok"
+    record, started, outcome = Record(), time.perf_counter(), "ok"
     try:
         async with _admitted(server, caller) as ticket:
             arrived = time.monotonic()
             ask = await _read(server, caller, ticket)
-            req_id = ask.req_id or uuid.uuid4().hex
+            req_id = ask.req_id or new_req_id()
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
             record.destination = ask.destination
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
@@ -63,8 +49,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
         with contextlib.suppress(CallerGone):
             await caller.refuse(error, record.req_id)
     record.stages["total"] = time.perf_counter() - started
-    server.metrics.end_request(record.modality, outcome, record.destination, record.stages["total"])
-    log_request(record.req_id or "-", record.modality, outcome, record.items, record.tokens, record.stages)
+    note_end(server.metrics, record, outcome)
 
 
 @contextlib.asynccontextmanager
@@ -104,9 +89,7 @@ async def _read(server: Server, caller: Caller, ticket: Ticket) -> Ask:
     return ask
 
 
-async def _encode_and_deliver(
-    server: Server, caller: Caller, ask: Ask, request: EncodeRequest, record: _Record
-) -> None:
+async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request: EncodeRequest, record: Record) -> None:
     part = Part(request.req_id, ask.part_idx, ask.num_parts, request.modality, server.model_name)
     destination: Destination | None = None
     with contextlib.ExitStack() as held:

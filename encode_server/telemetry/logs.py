@@ -1,26 +1,106 @@
-"""Logging set-up, and the one line each request leaves."""
+"""Logging set-up, as text or as JSON, and the one line each request leaves.
+
+Every line that is written on a request's way names the request and its trace. No line holds media, keys, or the query
+of a URL. Control characters are escaped: what a stranger sends cannot look like a line of its own.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from encode_server.telemetry.ids import current_ids
+
+LogFormat = Literal["text", "json"]
 
 request_log = logging.getLogger("encode_server.requests")
 
+TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# C0 and C1 controls, DEL, and the separators at which some viewers break lines.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_PLAIN = re.compile(r"[\w.:/+=@~-]+", re.ASCII)
 
-def configure(level: str) -> None:
+
+def configure(level: str, log_format: LogFormat = "text") -> None:
     """Send the server's log to standard error in one format; uvicorn's access log is off, ours says more."""
-    logging.basicConfig(
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[logging.StreamHandler()],
-    )
+    handler = logging.StreamHandler()
+    handler.addFilter(_name_request)
+    handler.setFormatter(TextFormatter() if log_format == "text" else _json_formatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     for noisy in ("httpx", "httpcore", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def log_request(req_id: str, modality: str, outcome: str, items: int, tokens: int, stages: dict[str, float]) -> None:
-    """`req=… modality=… outcome=… items=… tokens=… fetch=1.2ms …`."""
-    times = " ".join(f"{name}={seconds * 1000:.1f}ms" for name, seconds in stages.items())
-    request_log.info(
-        "req=%s modality=%s outcome=%s items=%d tokens=%d %s", req_id, modality, outcome, items, tokens, times
-    )
+def log_request(
+    req_id: str, modality: str, destination: str, outcome: str, items: int, tokens: int, stages: Mapping[str, float]
+) -> None:
+    """`req=… modality=… destination=… outcome=… items=… tokens=… fetch=1.2ms …`; as JSON, an object `request` with
+    these fields. `stages`: seconds by stage, logged in milliseconds."""
+    if not request_log.isEnabledFor(logging.INFO):
+        return
+    fields = {
+        "req": req_id,
+        "modality": modality,
+        "destination": destination,
+        "outcome": outcome,
+        "items": items,
+        "tokens": tokens,
+        "ms": {name: round(seconds * 1000, 1) for name, seconds in stages.items()},
+    }
+    request_log.info("request", extra={"request": fields})
+
+
+class TextFormatter(logging.Formatter):
+    """A line for each record, the request's ids at its end; the lines of a traceback follow, indented."""
+
+    def __init__(self) -> None:
+        super().__init__(TEXT)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """See logging."""
+        if (fields := getattr(record, "request", None)) is not None:
+            record.message = _words(fields)
+        line = escaped(super().formatMessage(record))
+        request_id, trace_id = getattr(record, "request_id", None), getattr(record, "trace_id", None)
+        if request_id is not None and request_id not in line:
+            line += f" id={request_id}"
+        return line if trace_id is None else f"{line} trace={trace_id}"
+
+    def formatException(self, ei: Any) -> str:
+        """See logging."""
+        return "\n".join("    " + escaped(line) for line in super().formatException(ei).split("\n"))
+
+
+def escaped(text: str) -> str:
+    r"""The text with its control characters as `\n`, `\x1b`, `\u2028`."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _words(fields: Mapping[str, Any]) -> str:
+    words = [f"{name}={_word(value)}" for name, value in fields.items() if name != "ms"]
+    return " ".join(words + [f"{stage}={value:.1f}ms" for stage, value in fields["ms"].items()])
+
+
+def _word(value: object) -> str:
+    """The value so that it can be read in one way only: a caller chooses the request's id."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def _name_request(record: logging.LogRecord) -> bool:
+    """Add the ids of the request on whose way the record was made."""
+    if (ids := current_ids()) is not None:
+        record.request_id = ids.request_id
+        if ids.trace_id is not None:
+            record.trace_id = ids.trace_id
+    return True
+
+
+def _json_formatter() -> logging.Formatter:
+    from pythonjsonlogger.json import JsonFormatter
+
+    names = {"levelname": "level", "name": "logger", "exc_info": "traceback"}
+    return JsonFormatter(["levelname", "name", "message"], rename_fields=names, timestamp="time")
