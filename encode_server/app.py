@@ -27,6 +27,7 @@ from encode_server.settings import Settings, load_settings
 from encode_server.telemetry import logs
 from encode_server.telemetry.ids import current_ids
 from encode_server.telemetry.request_ids import HEADER, RequestIds
+from encode_server.telemetry.tracing import Tracing, fastapi_telemetry, otlp_tracing
 
 WORKERS_REFUSED = (
     "encode-server: it runs in one process (uvicorn --workers and --reload are refused): "
@@ -35,21 +36,28 @@ WORKERS_REFUSED = (
 
 
 def create_app(
-    settings: Settings, on_fatal: Callable[[str], None] | None = None, launched: Launched | None = None
+    settings: Settings,
+    on_fatal: Callable[[str], None] | None = None,
+    launched: Launched | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
-    """The application of one server. `launched`: its forkserver, if it was started before.
+    """The application of one server. `launched`: its forkserver, if it was started before. `tracing`: instead of what
+    the settings ask for.
 
     `on_fatal` is called when it cannot go on; by default the process is ended by SIGTERM, which ends uvicorn with a
     non-zero status. Raises StartupError for settings that cannot work.
     """
-    server = Server(settings, launched)
+    if tracing is None and settings.tracing == "otlp":
+        tracing = otlp_tracing(__version__)
+    server = Server(settings, launched, tracing)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with server.running(on_fatal or _terminate):
             yield
 
-    app = FastAPI(title="encode_server", version=__version__, lifespan=lifespan)
+    telemetry = fastapi_telemetry(tracing)
+    app = FastAPI(title="encode_server", version=__version__, lifespan=lifespan, telemetry=telemetry)
     app.include_router(build_router(server))
     app.add_middleware(RequestIds)
 

@@ -177,6 +177,9 @@ class Settings(BaseSettings):
         "text",
         description="how the log is written; json: one object per line, with the ids of request and trace",
     )
+    tracing: Literal["off", "otlp"] = Field(
+        "off", description="spans of requests and their stages; otlp: sent as OpenTelemetry's OTEL_* variables say"
+    )
 
     @field_validator("media_allow", "media_roots", "destination_allow", "api_keys", "register_url", mode="before")
     @classmethod

@@ -18,6 +18,7 @@ from encode_server.service.caller import Ask, Caller
 from encode_server.service.destinations import Destination
 from encode_server.service.record import Record, new_req_id, note_end
 from encode_server.service.server import Server
+from encode_server.telemetry.tracing import describe_request
 from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
@@ -37,13 +38,16 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             req_id = ask.req_id or new_req_id()
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
             record.destination = ask.destination
+            describe_request(req_id=req_id, modality=ask.modality, items=len(ask.items), destination=ask.destination)
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
             request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages)
             await _encode_and_deliver(server, caller, ask, request, record)
     except CallerGone:
         outcome = "gone"
+        describe_request(outcome=outcome)
     except EncodeError as error:
         outcome = error.code
+        describe_request(outcome=outcome)
         if error.bound is not None:
             server.metrics.refusals[error.bound].inc()
         with contextlib.suppress(CallerGone):
@@ -100,6 +104,7 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
                 destination = await server.destinations.resolve(ask, request.req_id, held)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
+                describe_request(tokens=record.tokens)
                 began = time.perf_counter()
                 if destination is None:
                     async with server.undelivered.hold(caller.answer_bytes(encoded), patient=False):
@@ -109,6 +114,8 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
                         await destination.delivery.deliver(part, encoded)
                 spent = time.perf_counter() - began
                 request.spent("deliver", spent)
+                if server.tracing is not None:
+                    server.tracing.stage("deliver", spent)
                 server.metrics.stage[request.modality]["deliver"].observe(spent)
             if destination is not None:
                 await caller.confirm(request.req_id, encoded, silent=destination.silent)

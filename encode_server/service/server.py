@@ -49,6 +49,7 @@ from encode_server.service.gauges import show_gauges
 from encode_server.service.keys import ApiKeys
 from encode_server.settings import PRELOAD, Settings, preload_argument
 from encode_server.telemetry.metrics import Metrics
+from encode_server.telemetry.tracing import Tracing
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
@@ -81,9 +82,10 @@ class Server:
     Raises StartupError when the settings cannot work.
     """
 
-    def __init__(self, settings: Settings, launched: Launched | None = None) -> None:
-        """`launched`: a forkserver that was started before, with `PRELOAD` and `preload_argument`."""
-        self.settings = settings
+    def __init__(self, settings: Settings, launched: Launched | None = None, tracing: Tracing | None = None) -> None:
+        """`launched`: a forkserver that was started before, with `PRELOAD` and `preload_argument`. `tracing`: None
+        where nothing is traced."""
+        self.settings, self.tracing = settings, tracing
         self._launched = launched
         self.metrics = Metrics(__version__)
         self.port = settings.port  # whoever binds the socket corrects it
@@ -125,6 +127,8 @@ class Server:
         async with contextlib.AsyncExitStack() as stack:
             pools = Pools(settings.send_workers)
             stack.callback(pools.close)
+            if self.tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, self.tracing.close)
             self.arena = Arena(settings.arena_mb << 20)
             stack.callback(self.arena.close)
             source = MediaSource(settings.media_allow, settings.media_roots, self._limits, pools.work)
@@ -287,7 +291,7 @@ class Server:
             Modality.VIDEO: settings.video_batch_tokens,
             Modality.AUDIO: settings.audio_batch_tokens,
         }
-        batcher = Batcher(engine, budgets, metrics)
+        batcher = Batcher(engine, budgets, metrics, self.tracing)
         cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), metrics)
         pipeline = Pipeline(
             model=found.name,
@@ -301,7 +305,8 @@ class Server:
             max_item_tokens=settings.max_item_tokens,
         )
         health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
-        return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, Route(cache, metrics))
+        route = Route(cache, metrics, self.tracing)
+        return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, route)
 
     def _preparer_spec(self, found: Inspection) -> PreparerSpec:
         settings = self.settings

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from opentelemetry.trace import format_trace_id, get_current_span
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,6 +26,8 @@ class RequestIds:
             return
         headers = Headers(scope=scope)
         ids = ids_from_headers(headers.get(HEADER), headers.get("traceparent"))
+        if (span := get_current_span().get_span_context()).is_valid:  # ours, below the caller's if there is one
+            ids = replace(ids, trace_id=format_trace_id(span.trace_id), sampled=span.trace_flags.sampled)
         enter_request(ids)
         line = (HEADER.lower().encode(), ids.request_id.encode())
 
