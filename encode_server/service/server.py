@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
+from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost, Launched
 from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
@@ -281,7 +281,7 @@ class Server:
             device=settings.device,
             dtype=settings.dtype,
             checkpoint_dtype=found.dtype,
-            threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
+            threads=settings.rank_threads or max(1, usable_cores() // settings.tp),
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         engine = Supervisor(spec, forkserver, self.arena, options, metrics)
@@ -366,7 +366,7 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 def preparer_processes(workers: int) -> int:
     """How many preparers `--preproc-processes` 0 stands for: one for every two cores, and no more than threads."""
-    return max(1, min(workers, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(workers, usable_cores() // 2))
 
 
 def check_media_options(settings: Settings) -> None:
