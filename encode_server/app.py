@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -23,11 +24,13 @@ from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
 from encode_server.runtime.forkserver import Launched
 from encode_server.service.server import Server
-from encode_server.settings import Settings, load_settings
+from encode_server.settings import Settings, load_settings, unknown_variables
 from encode_server.telemetry import logs
 from encode_server.telemetry.ids import current_ids
 from encode_server.telemetry.request_ids import HEADER, RequestIds
 from encode_server.telemetry.tracing import Tracing, fastapi_telemetry, otlp_tracing
+
+log = logging.getLogger(__name__)
 
 WORKERS_REFUSED = (
     "encode-server: it runs in one process (uvicorn --workers and --reload are refused): "
@@ -112,6 +115,8 @@ def __getattr__(name: str) -> Any:
     try:
         settings = load_settings()
         logs.configure(settings.log_level, settings.log_format)
+        for sentence in unknown_variables():
+            log.warning(sentence)
         return create_app(settings)
     except StartupError as error:
         sys.exit(f"encode-server: {error}")

@@ -14,7 +14,7 @@ from encode_server.app import create_app
 from encode_server.errors import StartupError
 from encode_server.runtime.forkserver import Launched
 from encode_server.runtime.listening import Uvicorn, bind, until_signalled
-from encode_server.settings import Settings
+from encode_server.settings import Settings, unknown_variables
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
     Raises StartupError when it cannot start as asked, or cannot go on.
     """
     logs.configure(settings.log_level, settings.log_format)
+    for sentence in unknown_variables():
+        log.warning(sentence)
     failures: list[str] = []
     server: Uvicorn
 

@@ -1,7 +1,7 @@
 """How many cores this process may use: the machine's, less what its affinity and its control groups leave out.
 
-A container on a machine of 64 cores may have a quota of 4. Sixteen threads would use up the quota of a period early, and
-all of them would stand still until the next one.
+A container on a machine of 64 cores may have a quota of 4. Sixteen threads would use up a period's quota early, and all
+of them would stand still until the next period.
 """
 
 from __future__ import annotations
