@@ -21,7 +21,7 @@ def show_gauges(server: Server) -> None:
         metrics.store_held.show(folder.used_bytes, folder.max_bytes)
     metrics.at_door.set(server.admission.waiting)
     metrics.registrations.set(len(server.sglang.registrations) if server.sglang else 0)
-    metrics.ready.set(server.not_ready() is None)
+    metrics.ready.set(server.unavailable() is None)
     if server.encoding is not None:
         _show_encoding(server, server.encoding)
     else:

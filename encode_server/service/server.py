@@ -42,6 +42,7 @@ from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
 from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost, Launched
+from encode_server.runtime.notify import notify
 from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
@@ -112,7 +113,8 @@ class Server:
         self.encoding: Encoding | None = None
         self._changes = Changes()
         self._warm = False
-        self._draining = False
+        self._leaving = False  # said to those who ask whether to send requests here
+        self._draining = False  # requests are refused
 
     @contextlib.asynccontextmanager
     async def running(self, on_fatal: Callable[[str], None]) -> AsyncIterator[None]:
@@ -157,8 +159,14 @@ class Server:
         return self.sglang.registrations
 
     async def drain(self) -> None:
-        """Withdraw what brings requests here, then take no new ones; those accepted go on."""
+        """Say that the server leaves, and withdraw what brings requests here; for `--drain-s` take those that come all
+        the same, because load balancers notice late; then take no new ones. Those accepted go on."""
+        self._leaving = True
+        notify("STOPPING=1")
         await self._announcer.withdraw()
+        if self.settings.drain_s and self.not_ready() is None:
+            log.info("leaving: requests are taken for %g s more", self.settings.drain_s)
+            await asyncio.sleep(self.settings.drain_s)
         self._draining = True
         self._changes.announce()
 
@@ -200,6 +208,10 @@ class Server:
         """See `Profiling.stop`."""
         return await self._profiling.stop(self._known().engine)
 
+    def unavailable(self) -> str | None:
+        """Why no requests should be sent here, or None when they should be."""
+        return "the server is stopping" if self._leaving else self.not_ready()
+
     def not_ready(self) -> str | None:
         """Why requests are not taken, or None when they are."""
         if self._draining:
@@ -215,7 +227,12 @@ class Server:
         return None
 
     async def health(self) -> Verdict:
-        """Encode something, or judge what is being encoded; see `HealthProbe`."""
+        """Encode something, or judge what is being encoded; see `HealthProbe`. A server that leaves is not healthy:
+        whoever goes by this answer must stop sending requests."""
+        if self._leaving:
+            return Verdict(
+                False, {"status": "unhealthy", "reason": self.unavailable(), "engine": "stopping", "ranks": {}}
+            )
         if self.encoding is None or self.fatal is not None:
             reason = self.fatal or "loading"
             engine = "failed" if self.fatal else "loading"
@@ -335,6 +352,7 @@ class Server:
         self._warm = True
         self._changes.announce()
         log.info("ready for requests")
+        notify("READY=1")
         while True:  # who waits at the door waits for the ranks, too
             await encoding.engine.changed()
             self._changes.announce()
