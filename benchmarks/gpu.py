@@ -325,7 +325,7 @@ def service_table(name: str, found: dict[str, dict[str, Any]]) -> Table:
             "" if slot["gpu_busy"] is None else f"{slot['gpu_busy']:.0%}",
             f"{slot['metrics']['items_per_batch']:.1f}",
             f"{slot['metrics']['loop_lag_p99_s'] * 1e3:.1f}",
-            f"{(cpu['loop'] + cpu['pool']) * 1e3:.2f}",
+            f"{(cpu['loop'] + cpu['threads']) * 1e3:.2f}",
         )
     return table
 

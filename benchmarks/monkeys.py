@@ -14,7 +14,7 @@ import httpx
 import zmq
 import zmq.asyncio
 
-from benchmarks.procfs import children
+from benchmarks import procfs
 from encode_server.media.samples import noise
 
 POISON = {"kill": (364, 28), "error": (448, 28), "hang": (392, 28)}  # see benchmarks/faults
@@ -44,7 +44,7 @@ class Monkeys:
                 while (await client.get(self._url + "/readyz")).status_code != 200:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.2)
                 if isinstance(disaster, signal.Signals):
-                    os.kill(self._random.choice(children(self._front)), disaster)
+                    os.kill(self._random.choice(procfs.ranks(self._front)), disaster)
                     self.counts[f"ranks hit by {disaster.name}"] += 1
                 else:
                     media = noise(*POISON[disaster], seed=self._random.randrange(1 << 30))

@@ -1,6 +1,6 @@
 """What the engine adds to a forward: ZMQ there and back, and the arena. `uv run python -m benchmarks.overhead --tp 2`.
 
-One small picture is encoded over and over by a group of ranks, nothing else running. Added is what passes from copying
+One small image is encoded over and over by a group of ranks, nothing else running. Added is what passes from copying
 its tensors into the arena to having its embedding out of it, less the slowest rank's forward.
 """
 
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import os
 import statistics
 import sys
 import time
 from pathlib import Path
-
-from encode_server.pipeline.work import Placement, room_for
 
 from encode_server.bench.report import percentile
 from encode_server.engine.arena import Arena
@@ -26,7 +25,12 @@ from encode_server.models.checkpoint import open_directory
 from encode_server.models.demo import demo_path
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
+from encode_server.pipeline.jobs import Job
+from encode_server.prepare.worker import ArenaWriter, described
+from encode_server.runtime.forkserver import Forkserver
 from encode_server.wire.modality import Modality
+
+UNMEASURED = 20  # batches
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="checkpoint directory [the demo's]")
     parser.add_argument("--tp", type=int, default=1, help="ranks [1]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto [cpu]")
-    parser.add_argument("--size", type=int, default=56, help="side of the picture in pixels [56]")
+    parser.add_argument("--size", type=int, default=56, help="side of the image in pixels [56]")
     parser.add_argument("--batches", type=int, default=500, help="[500]")
     args = parser.parse_args(argv)
     path = args.model or demo_path()
@@ -56,29 +60,35 @@ def main(argv: list[str] | None = None) -> int:
 async def _measure(spec: GroupSpec, prepared: Prepared, batches: int) -> tuple[list[float], list[float]]:
     """Seconds added to each batch, and the slowest rank's own."""
     arena = Arena(64 << 20)
-    group = RankGroup(spec, arena, lambda rank, step: None)
+    writer = ArenaWriter(os.dup(arena.fd), arena.size)  # as in a preparer, but in this process
+    item, tensors = described(prepared, [prepared])
+    preloaded = json.dumps({"model": spec.path, "revision": None}).encode()
+    forkserver = Forkserver("encode_server.models.preload:preload", preloaded)
+    forkserver.start()
+    keeper = asyncio.create_task(forkserver.run())
+    group = RankGroup(spec, forkserver, arena, lambda rank, step: None)
     added: list[float] = []
     own: list[float] = []
     try:
         info = await group.start(300)
-        dim = info.dims[Modality.IMAGE]
-        for turn in range(batches + 20):
-            slots = await arena.acquire(room_for([prepared], dim, info.dtype))
-            placement = Placement(arena, Modality.IMAGE, math.inf, slots)
+        for turn in range(batches + UNMEASURED):
+            job = Job(arena, Modality.IMAGE, math.inf)
+            offset = await job.acquire(item, info.dims[Modality.IMAGE], info.dtype)
             started = time.perf_counter()
-            placement.fill([prepared], dim, info.dtype)
-            (work,) = placement.works
-            dones = await group.forward(Modality.IMAGE, (work.item,))
-            placement.copy_embedding()
+            writer.write(tensors, offset)
+            dones = await group.forward(Modality.IMAGE, tuple(piece.item for piece in job.pieces))
+            job.copy_embedding()
             took = time.perf_counter() - started
-            placement.release()
+            job.release()
             if failed := next((done.error for done in dones if done.error), None):
                 raise RuntimeError(failed)
-            if turn >= 20:
+            if turn >= UNMEASURED:
                 own.append(max(done.forward_s for done in dones))
                 added.append(took - own[-1])
     finally:
         await group.stop()
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
         arena.close()
     return added, own
 

@@ -35,7 +35,7 @@ def draw(document: dict[str, Any], file: Path) -> None:
         latencies.set(title=f"{title(what)}: latency", ylabel="ms", ylim=(0, None))
         for plot in (rates, latencies):
             plot.set_xscale("log", base=2)
-            plot.set_xlabel("requests in work")
+            plot.set_xlabel("requests in progress")
             plot.grid(alpha=0.3)
             plot.legend(fontsize="small")
     facts = document["machine"]

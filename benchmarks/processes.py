@@ -64,8 +64,8 @@ class ServerProcess:
     """A server under its own port of 127.0.0.1, ready for requests once constructed.
 
     `threads`: OMP_NUM_THREADS of the server, left alone when None, as for a user. `environment`: more variables for it.
-    `start_s`: seconds from the command to the first good answer of `ready_path`. `stop_s`: those from SIGTERM to its
-    end, once closed.
+    `checkout`: the directory of another checkout to run, with the Python of its own environment. `start_s`: seconds
+    from the command to the first good answer of `ready_path`. `stop_s`: those from SIGTERM to its end, once closed.
     """
 
     def __init__(
@@ -76,25 +76,42 @@ class ServerProcess:
         ready_path: str = "/readyz",
         timeout_s: float = 900,
         environment: dict[str, str] | None = None,
+        checkout: Path | None = None,
     ) -> None:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        started = time.perf_counter()
+        self._started = time.perf_counter()
+        python = checkout / ".venv" / "bin" / "python" if checkout else sys.executable
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *command, f"--port={port}"],
+            [python, "-m", *command, f"--port={port}"],
             stdout=self._log,
             stderr=self._log,
             env=_environment(threads) | (environment or {}),
             process_group=0,
+            cwd=checkout,
         )
         try:
-            self._wait(ready_path, started, timeout_s)
+            self.start_s = self.wait(ready_path, timeout_s)
         except BaseException:
             self.close()
             raise
-        self.start_s = time.perf_counter() - started
         self.stop_s = 0.0
+
+    def wait(self, path: str, timeout_s: float = 900) -> float:
+        """Wait until `path` answers 200; the seconds since the command was given. Raises RuntimeError when the server
+        ends, or does not come so far in `timeout_s` seconds."""
+        while (age := time.perf_counter() - self._started) < timeout_s:
+            if self.process.poll() is not None:
+                self._log.seek(0)
+                text = self._log.read().decode(errors="replace")
+                raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{text[-2000:]}")
+            try:
+                self._get(path)
+                return time.perf_counter() - self._started
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.02)
+        raise RuntimeError(f"{path} did not answer 200 within {age:.0f} s")
 
     def look(self) -> Look:
         """Its metrics now."""
@@ -117,19 +134,6 @@ class ServerProcess:
             self.stop_s = time.perf_counter() - asked
         self._log.close()
 
-    def _wait(self, path: str, started: float, timeout_s: float) -> None:
-        while time.perf_counter() < started + timeout_s:
-            if self.process.poll() is not None:
-                self._log.seek(0)
-                text = self._log.read().decode(errors="replace")
-                raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{text[-2000:]}")
-            try:
-                self._get(path)
-                return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.05)
-        raise RuntimeError(f"the server was not ready after {timeout_s:.0f} s")
-
     def _get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
             return bytes(answer.read())
@@ -146,9 +150,18 @@ def floor(kind: str, model: Path, device: str, dtype: str, threads: int) -> Iter
 
 
 @contextlib.contextmanager
-def server(command: list[str], *, ready_path: str = "/readyz", timeout_s: float = 900) -> Iterator[ServerProcess]:
+def server(
+    command: list[str],
+    *,
+    ready_path: str = "/readyz",
+    timeout_s: float = 900,
+    environment: dict[str, str] | None = None,
+    checkout: Path | None = None,
+) -> Iterator[ServerProcess]:
     """A server, ended after the block."""
-    process = ServerProcess(command, ready_path=ready_path, timeout_s=timeout_s)
+    process = ServerProcess(
+        command, ready_path=ready_path, timeout_s=timeout_s, environment=environment, checkout=checkout
+    )
     try:
         yield process
     finally:

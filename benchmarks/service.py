@@ -57,14 +57,16 @@ def measure_ours(
 
 
 def stage_cpu(happened: Look, answered: int, processes: dict[str, float]) -> dict[str, float]:
-    """CPU seconds per item by stage. `forward`: all of the ranks'. `fetch`: what else the front used, HTTP and ZMQ."""
+    """CPU seconds per item by stage. `front`: HTTP, fetching, batching, delivery. `messages`: what the preparers used
+    beside their stages. `forward`: all of the ranks'."""
     items = max(1, answered)
     stages = {
         stage: happened.total("encode_stage_cpu_seconds_total", stage=stage) / items
         for stage in happened.labels("encode_stage_cpu_seconds_total", "stage")
     }
-    rest = processes["loop"] + processes["pool"] - sum(stages.values())
-    return stages | {"fetch": max(0.0, rest), "forward": processes["ranks"]}
+    messages = max(0.0, processes["preparers"] - sum(stages.values()))
+    front = processes["loop"] + processes["threads"]
+    return {"front": front, **stages, "messages": messages, "forward": processes["ranks"]}
 
 
 def summary(happened: Look, answered: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-STAGES = ("fetch", "decode", "preprocess", "copy", "forward", "deliver")
+PROCESSES = {"loop": "front's loop", "threads": "front's threads", "preparers": "preparers", "ranks": "ranks"}
+STAGES = ("front", "decode", "preprocess", "copy", "messages", "forward", "fetch", "deliver")
 
 
 def machine(facts: dict[str, Any]) -> str:
@@ -72,17 +73,17 @@ def comparison(what: str, measured: dict[str, Any]) -> Table:
 def costs(what: str, measured: dict[str, Any]) -> Group:
     """Where the CPU time goes, and the latency of one item alone."""
     cpu = Table(title=f"{title(what)}: CPU ms per item in the service, by process", min_width=100)
-    for column in ("at a time", "front's loop", "front's threads", "ranks", "load client", "items per batch"):
+    for column in ("at a time", *PROCESSES.values(), "load client", "items per batch"):
         cpu.add_column(column, justify="right")
     for concurrency, slots in by_concurrency(measured["ours"]).items():
-        means = [statistics.fmean(slot["cpu_s_per_item"][part] for slot in slots) for part in ("loop", "pool", "ranks")]
+        means = [statistics.fmean(slot["cpu_s_per_item"][part] for slot in slots) for part in PROCESSES]
         client = statistics.fmean(slot["client_cpu_s_per_request"] for slot in slots)
         batch = statistics.fmean(slot["metrics"]["items_per_batch"] for slot in slots)
         cpu.add_row(str(concurrency), *(f"{mean * 1e3:.2f}" for mean in (*means, client)), f"{batch:.1f}")
 
     stages = Table(
         title=f"{title(what)}: ms per item by stage",
-        caption="the service's CPU: forward is all of the ranks', fetch all else in the front, HTTP and ZMQ too",
+        caption="the service's CPU: forward is all of the ranks', messages what the preparers use beside their stages",
         min_width=100,
     )
     names = sorted({stage for slot in measured["ours"] for stage in slot["metrics"]["stage_wall_s"]})

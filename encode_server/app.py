@@ -12,14 +12,15 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api.answers import error_answer
-from encode_server.api.routes import build_router, encode_operation
-from encode_server.api.schemas import openapi_components
+from encode_server.api.openapi import complete
+from encode_server.api.routes import build_router
 from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
 from encode_server.runtime.forkserver import Launched
@@ -60,7 +61,14 @@ def create_app(
             yield
 
     telemetry = fastapi_telemetry(tracing)
-    app = FastAPI(title="encode_server", version=__version__, lifespan=lifespan, telemetry=telemetry)
+    app: FastAPI = FastAPIOffline(  # /docs with assets of our own: servers of this kind seldom reach the internet
+        title="encode_server",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+        swagger_ui_parameters={"validatorUrl": None},  # else the page asks a public server to judge the document
+        telemetry=telemetry,
+    )
     app.include_router(build_router(server))
     app.add_middleware(RequestIds)
 
@@ -87,11 +95,7 @@ def create_app(
     plain_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = plain_openapi()
-        _, components = openapi_components()
-        document["paths"]["/encode"] = {"post": encode_operation()}
-        document.setdefault("components", {}).setdefault("schemas", {}).update(components)
-        return document
+        return complete(plain_openapi(), locked=bool(settings.api_keys))
 
     app.openapi = openapi  # type: ignore[method-assign]
     app.state.server = server

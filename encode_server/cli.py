@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,9 +12,17 @@ from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
-from encode_server.runtime.forkserver import launch
+from encode_server.runtime.forkserver import Launched, launch
 from encode_server.runtime.leaving import leave
-from encode_server.settings import PRELOAD, Settings, load_settings, option_name, preload_argument, variable_name
+from encode_server.settings import (
+    PRELOAD,
+    RENAMED,
+    Settings,
+    load_settings,
+    option_name,
+    preload_argument,
+    variable_name,
+)
 
 
 def console() -> NoReturn:
@@ -31,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 
     serve = commands.add_parser("serve", help="serve a checkpoint")
     serve.add_argument("model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
+    serve.add_argument(
+        "--explain-limits", action="store_true", help="print all bounds and the memory they allow for, and exit"
+    )
     _add_options(serve, skip="model")
 
     demo = commands.add_parser("demo", help="serve the demo checkpoint and encode a picture, a clip and a sound")
@@ -58,6 +70,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, options: dict[str, Any]) -> int:
+    """Run a command. Raises StartupError where the light install lacks a package that the command needs."""
+    try:
+        return _dispatch(command, options)
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package in ("", "encode_server"):
+            raise
+        extra = "bench" if command == "bench" else "server"
+        raise StartupError(
+            f"`{command}` needs the package {package}, which is not installed: pip install 'encode-server[{extra}]'"
+        ) from None
+
+
+def _dispatch(command: str, options: dict[str, Any]) -> int:
     if command == "demo-model":
         from encode_server.models.demo import write_demo
 
@@ -67,7 +93,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
     if command == "demo":
         once = options.pop("once")
         settings = load_settings({"model": "demo"} | options)
-        launched = launch(PRELOAD, preload_argument(settings))
+        launched = _launch(settings)
         from encode_server.demo import run_demo
 
         return run_demo(settings, launched, once=once)
@@ -79,12 +105,24 @@ def _run(command: str, options: dict[str, Any]) -> int:
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
+    explained = options.pop("explain_limits", False)
     settings = load_settings(options)
-    # Before FastAPI is imported: the forkserver's imports take longest, and begin now.
-    launched = launch(PRELOAD, preload_argument(settings))
+    if explained:
+        from encode_server.memory import explain
+
+        print(explain(settings))
+        return 0
+    launched = _launch(settings)
     from encode_server.serve import serve
 
     return serve(settings, launched)
+
+
+def _launch(settings: Settings) -> Launched:
+    """Start the forkserver before FastAPI is imported: its imports take longest, and begin now."""
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError(name="torch")
+    return launch(PRELOAD, preload_argument(settings))
 
 
 def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
@@ -96,6 +134,8 @@ def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
             continue
         kind = "A,B,…" if isinstance(field.default, tuple) else name.rsplit("_", 1)[-1].upper()
         parser.add_argument(option_name(name), metavar=kind, default=argparse.SUPPRESS, help=_help(name))
+    for name in RENAMED:
+        parser.add_argument(option_name(name), default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _help(name: str) -> str:

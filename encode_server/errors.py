@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from http import HTTPStatus
 
+MAX_MESSAGE = 1000  # characters: a message may quote what the caller sent
+
 
 class EncodeError(Exception):
     """Base of what a request can end in. `status` is the HTTP status, `code` the word in the answer's `code` field.
@@ -19,6 +21,8 @@ class EncodeError(Exception):
     code = "internal"
 
     def __init__(self, message: str, *, headers: Mapping[str, str] | None = None, bound: str | None = None) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = message[:MAX_MESSAGE] + " …"
         super().__init__(message)
         self.message, self.bound = message, bound
         self.headers = dict(headers or {})
@@ -58,6 +62,12 @@ class Forbidden(EncodeError):
     """A source or destination that this server's options do not allow."""
 
     status, code = 403, "forbidden"
+
+
+class TooSlow(EncodeError):
+    """The body arrives more slowly than the least rate."""
+
+    status, code = 408, "too_slow"
 
 
 class Duplicate(EncodeError):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-import resource
-import ssl
 from collections.abc import Callable
 
-import uvicorn
 import uvloop
 
+from encode_server import __version__
 from encode_server.app import create_app
 from encode_server.errors import StartupError
+from encode_server.memory import warning
+from encode_server.runtime.connections import ConnectionLimits
 from encode_server.runtime.forkserver import Launched
-from encode_server.runtime.listening import Uvicorn, bind, until_signalled
+from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
+from encode_server.runtime.resolving import bound_look_ups
+from encode_server.runtime.tls import check_tls
 from encode_server.settings import Settings, unknown_variables
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
+
+VERSION_HEADER = "X-Encode-Server-Version"  # of every answer; docs/stability.md says what the number promises
 
 
 def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], None] | None = None) -> int:
@@ -29,6 +33,7 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
     logs.configure(settings.log_level, settings.log_format)
     for sentence in unknown_variables():
         log.warning(sentence)
+    bound_look_ups()
     failures: list[str] = []
     server: Uvicorn
 
@@ -36,21 +41,20 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
         failures.append(reason)
         server.should_exit = True
 
-    _check_tls(settings)
-    # Each connection and fetch takes a descriptor; the usual soft limit of 1024 is for programs that use select().
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if (too_much := warning(settings)) is not None:
+        log.warning("%s", too_much)
+    check_tls(settings.ssl_certfile, settings.ssl_keyfile)
+    connections = room_for_connections(settings.max_connections)
     with bind(settings.host, settings.port) as listener:
         app = create_app(settings, fail, launched)
         server = Uvicorn(
-            uvicorn.Config(
+            config(
                 app,
-                http="httptools",
-                log_config=None,
-                access_log=False,
+                ConnectionLimits(connections=connections, unread_s=settings.send_timeout_s),
+                grace_s=settings.grace_s,
+                headers=[(VERSION_HEADER, __version__)],
                 ssl_certfile=settings.ssl_certfile,
                 ssl_keyfile=settings.ssl_keyfile,
-                timeout_graceful_shutdown=max(1, round(settings.grace_s)),
             )
         )
         host, port = listener.getsockname()[:2]
@@ -63,16 +67,3 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
     if failures:
         raise StartupError(failures[0])
     return 0
-
-
-def _check_tls(settings: Settings) -> None:
-    """Say in one line what uvicorn would say in a traceback."""
-    if (settings.ssl_certfile is None) != (settings.ssl_keyfile is None):
-        raise StartupError("--ssl-certfile and --ssl-keyfile go together: one is missing")
-    if settings.ssl_certfile is not None:
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
-                settings.ssl_certfile, settings.ssl_keyfile
-            )
-        except (OSError, ssl.SSLError) as error:
-            raise StartupError(f"--ssl-certfile, --ssl-keyfile: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ same sentence whichever way it came.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -21,7 +22,12 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from encode_server.errors import StartupError
 from encode_server.runtime.options_file import read_config, suggestion
 
+log = logging.getLogger(__name__)
+
 ENV_PREFIX = "ENCODE_SERVER_"
+
+RENAMED = {"engine": "protocol"}
+"""Options by the names that earlier versions gave them, and their present names. Both are taken."""
 
 # What Kubernetes puts into every pod for a Service called encode-server.
 OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)$")
@@ -49,8 +55,17 @@ class Settings(BaseSettings):
     # HTTP.
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    max_connections: int = Field(
+        4096, ge=1, description="open connections; beyond it the one idle longest is closed for a new one"
+    )
     max_body_mb: int = Field(128, ge=1, description="largest request body")
     max_items: int = Field(256, ge=1, description="most media items in one request")
+    least_rate_kb: int = Field(
+        64,
+        ge=0,
+        description="KiB a second at which a client must send its body and take its answer, on average after 5 s; "
+        "0: any rate",
+    )
 
     api_keys: CommaList = Field(
         (),
@@ -113,7 +128,7 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="largest share of each of these three that one client (API key, address) may hold while others "
-        "are active",
+        "are active; of --undelivered-mb, always",
     )
     max_item_tokens: int = Field(
         131_072, ge=1, description="patches or mel frames of one item, as preprocessed; beyond it 413"
@@ -142,8 +157,10 @@ class Settings(BaseSettings):
     fetch_s: float = Field(20.0, gt=0, description="longest time for downloading one item")
 
     # Delivery.
-    engine: Literal["native", "sglang"] = Field(
-        "native", description="whose frames are pushed; sglang: also what its prefill servers ask for beside /encode"
+    protocol: Literal["native", "sglang"] = Field(
+        "native",
+        description="what a pushed embedding looks like; sglang: SGLang's frames, and the endpoints that its prefill "
+        "servers ask for beside /encode",
     )
     destination_allow: CommaList = Field(
         (), description="networks or hosts beside private and loopback ones that embeddings may be pushed to"
@@ -151,8 +168,9 @@ class Settings(BaseSettings):
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
 
     undelivered_mb: int = Field(
-        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429"
+        4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429, one alone 413"
     )
+    max_answer_mb: int = Field(1024, ge=1, description="embeddings of one request; beyond it 413")
     sglang_receiver_module: str = Field(
         "sglang.srt.disaggregation.encoder.receiver",
         pattern=MODULE,
@@ -219,7 +237,7 @@ def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
 
     Raises StartupError naming the option, what it got and what it takes.
     """
-    given = dict(options or {})
+    given = _by_present_names(options or {})
     path = given.pop("config", None) or os.environ.get(variable_name("config"))
     if "api_keys" not in given and os.environ.get(variable_name("api_keys"), "unset").strip() == "":
         # Empty variables count as absent, but a secret that was not set must not open the server.
@@ -235,7 +253,7 @@ def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
 def unknown_variables() -> list[str]:
     """One sentence for each `ENCODE_SERVER_*` variable that is no option. Those that Kubernetes sets for a Service
     called encode-server are passed over."""
-    known = {name.upper() for name in ("config", *Settings.model_fields)}
+    known = {name.upper() for name in ("config", *Settings.model_fields, *RENAMED)}
     given = {name: name.upper().removeprefix(ENV_PREFIX) for name in sorted(os.environ)}
     return [
         f"the variable {name} is no option{suggestion(rest, known, ENV_PREFIX)}"
@@ -260,6 +278,20 @@ def option_name(field: str) -> str:
 def variable_name(field: str) -> str:
     """`preproc_workers` → `ENCODE_SERVER_PREPROC_WORKERS`."""
     return ENV_PREFIX + field.upper()
+
+
+def _by_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options`, what was given by a former name now under the present one, also from the environment."""
+    given = dict(options)
+    for old, new in RENAMED.items():
+        variable = os.environ.get(variable_name(old))
+        if old in given:
+            log.warning("%s is called %s now; the old name still works", option_name(old), option_name(new))
+            given.setdefault(new, given.pop(old))
+        elif variable and new not in given and variable_name(new) not in os.environ:
+            log.warning("%s is called %s now; the old name still works", variable_name(old), variable_name(new))
+            given[new] = variable
+    return given
 
 
 def _below_the_environment(from_file: dict[str, Any]) -> dict[str, Any]:

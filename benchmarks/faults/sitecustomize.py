@@ -1,6 +1,7 @@
-"""Faults for the ranks of a server under test: put this folder on its PYTHONPATH.
+"""Faults for the ranks and preparers of a server under test: put this folder on its PYTHONPATH.
 
-A picture's grid says what happens when its forward runs: no real input kills an encoder on demand.
+An image's grid says what happens when its forward runs, and bytes behind its end what happens when it is decoded: no
+real input kills an encoder or a decoder on demand.
 """
 
 import importlib.abc
@@ -15,6 +16,28 @@ HANG = [1, 2, 28]  # 392 x 28 pixels: the forward never ends
 MEMORY = [1, 2, 30]  # 420 x 28 pixels: the device is too small for a batch of more than two of these
 ERROR = [1, 2, 32]  # 448 x 28 pixels: the forward raises
 ALONE = [1, 2, 34]  # 476 x 28 pixels: as MEMORY, on the first rank of several alone
+
+DECODE_CRASH = b"crash the decoder"  # the process dies of SIGSEGV
+DECODE_HANG = b"hang the decoder"  # the decoder waits for ever
+DECODE_SPIN = b"spin the decoder"  # the decoder computes for ever
+DECODE_MEMORY = b"fill the memory"  # the decoder takes all the memory that there is
+
+
+def _faulty_decoder(decode_image):
+    def run(data, limits):
+        if data.endswith(DECODE_CRASH):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if data.endswith(DECODE_HANG):
+            time.sleep(3600)
+        while data.endswith(DECODE_SPIN):
+            pass
+        if data.endswith(DECODE_MEMORY):
+            taken = []
+            while True:
+                taken.append(bytearray(64 << 20))
+        return decode_image(data, limits)
+
+    return run
 
 
 def _faulty(forward):
@@ -38,24 +61,35 @@ def _faulty(forward):
     return run
 
 
+def _break_encoder(module):
+    module.Encoder.forward = _faulty(module.Encoder.forward)
+
+
+def _break_decoder(module):
+    module.decode_image = _faulty_decoder(module.decode_image)
+
+
+_BROKEN = {"encode_server.models.encoder": _break_encoder, "encode_server.media.image": _break_decoder}
+
+
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader):
-        self._loader = loader
+    def __init__(self, loader, spoil):
+        self._loader, self._spoil = loader, spoil
 
     def create_module(self, spec):
         return self._loader.create_module(spec)
 
     def exec_module(self, module):
         self._loader.exec_module(module)
-        module.Encoder.forward = _faulty(module.Encoder.forward)
+        self._spoil(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "encode_server.models.encoder":
+        if name not in _BROKEN:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        spec.loader = _Loader(spec.loader)
+        spec.loader = _Loader(spec.loader, _BROKEN[name])
         return spec
 
 

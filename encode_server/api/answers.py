@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -52,7 +51,7 @@ def safetensors_body(req_id: str, encoded: Encoded) -> Body:
         "model": encoded.model,
         "modality": str(encoded.modality),
         "dtype": encoded.dtype,
-        "shape": json.dumps(encoded.shape),
+        "shape": str(list(encoded.shape)),
         "items": msgspec.json.encode([item.info for item in encoded.items]).decode(),
     }
     head = tensor_head("embedding", encoded.dtype, encoded.shape, encoded.nbytes, metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 import msgspec
 from python_multipart.multipart import parse_options_header
@@ -15,7 +16,8 @@ from starlette.requests import Request
 from encode_server.api.schemas import EncodeBody, ItemBody
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
-from encode_server.runtime.bodies import chunks, from_json, read_all
+from encode_server.runtime.bodies import chunks, declared_length, from_json, read_all
+from encode_server.runtime.charge import Charge
 from encode_server.runtime.pools import Pace, run, run_sized
 from encode_server.service.caller import Ask
 from encode_server.wire.items import ItemOptions
@@ -30,20 +32,30 @@ class _InMemory(MultiPartParser):
     spool_max_size = sys.maxsize
 
 
-async def read_encode(request: Request, pool: Executor, max_bytes: int, max_items: int) -> Ask:
-    """What the body of `POST /encode` asks for.
+@dataclass(frozen=True)
+class BodyLimits:
+    """Of one body: its bytes, the media items in it, and the least bytes a second at which it arrives."""
 
-    Raises BadRequest when it is malformed or holds more than `max_items`, TooLarge above `max_bytes` (before reading
-    on), CallerGone.
+    max_bytes: int
+    max_items: int
+    least_rate: int
+
+
+async def read_encode(request: Request, pool: Executor, limits: BodyLimits, charge: Charge) -> Ask:
+    """What the body of `POST /encode` asks for, each piece charged as it arrives.
+
+    Raises BadRequest when it is malformed or holds more items than `limits` say, TooLarge above their bytes (before
+    reading on), TooSlow, TooBusy, CallerGone.
     """
+    max_bytes, max_items = limits.max_bytes, limits.max_items
     if declared_length(request) > max_bytes:
         raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        body, media = await _read_form(request, pool, max_bytes)
+        body, media = await _read_form(request, pool, limits, charge)
         _check_count(len(media), max_items)
         return _ask(body, media)
-    raw = await read_all(request, max_bytes)
+    raw = await read_all(request, max_bytes, limits.least_rate, charge)
     body = await run_sized(pool, Pace.JSON, len(raw), _decode, raw)
     _check_count(len(body.mm_items), max_items)
     return _ask(body, [_media_item(item) for item in body.mm_items])
@@ -59,6 +71,8 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         prefill_host=body.prefill_host,
         embedding_port=body.embedding_port,
         stored=body.delivery == "ec_store",
+        cached=body.delivery == "cache",
+        frames=body.frames,
         timeout_s=body.timeout_s,
     )
 
@@ -72,12 +86,6 @@ def _decode(raw: bytearray) -> EncodeBody:
 def _check_count(items: int, most: int) -> None:
     if items > most:
         raise BadRequest(f"mm_items holds {items} items, at most {most} are taken")
-
-
-def declared_length(request: Request) -> int:
-    """The body's bytes as its header has it; 0 when it does not say."""
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isascii() and declared.isdigit() else 0
 
 
 def _media_item(item: str | ItemBody) -> MediaItem:
@@ -103,14 +111,17 @@ def _form_type(request: Request) -> Headers:
     return Headers(raw=[(b"content-type", b'multipart/form-data; boundary="' + boundary + b'"')])
 
 
-async def _read_form(request: Request, pool: Executor, max_bytes: int) -> tuple[EncodeBody, list[MediaItem]]:
+async def _read_form(
+    request: Request, pool: Executor, limits: BodyLimits, charge: Charge
+) -> tuple[EncodeBody, list[MediaItem]]:
     """Files in any field become items, in order; the other fields are those of the JSON body, as text.
 
     `fields` holds per-item options for all files as well (`-F max_pixels=100000`); `uuid` and `content_hash` come once
     per item.
     """
     try:
-        form = await _InMemory(_form_type(request), chunks(request, max_bytes), max_part_size=FORM_TEXT).parse()
+        arriving = chunks(request, limits.max_bytes, limits.least_rate, charge)
+        form = await _InMemory(_form_type(request), arriving, max_part_size=FORM_TEXT).parse()
     except MultiPartException as error:
         raise BadRequest(f"the form is malformed: {error.message}") from None
     texts = {key: value for key, value in form.multi_items() if isinstance(value, str)}

@@ -11,18 +11,21 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from encode_server.api import answers
-from encode_server.api.body import declared_length, read_encode
+from encode_server.api.body import BodyLimits, read_encode
 from encode_server.errors import BadRequest, DeliveryFailed, EncodeError
+from encode_server.runtime.bodies import LeastRate, declared_length
 from encode_server.runtime.caller import until_caller_goes
+from encode_server.runtime.charge import Charge
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
 from encode_server.service.record import Record, note_end
 from encode_server.service.server import Server
+from encode_server.telemetry.logs import quoted
 from encode_server.wire.embedding import Encoded
+from encode_server.wire.headers import ERRORS_HEADER, QUIET, TIMEOUT_HEADER
+from encode_server.wire.load import COST_HEADER, load_headers
 
 log = logging.getLogger(__name__)
-
-TIMEOUT_HEADER = "X-Encode-Timeout-S"
 
 
 class EncodeEndpoint:
@@ -50,17 +53,20 @@ class HttpCaller:
     def __init__(self, server: Server, request: Request, send: Send) -> None:
         self._server, self._request, self._send = server, request, send
         self._answering = False
+        self.item_tokens: int | None = None
         self._binary = answers.OCTETS in request.headers.get("accept", "")
         self.client = server.keys.client(request)
         self.asked_timeout_s = _asked_timeout(request)
+        self.quiet = request.headers.get(ERRORS_HEADER) == QUIET
         self.declared_bytes = declared_length(request)
         if "transfer-encoding" in request.headers:
             self.declared_bytes = server.settings.max_body_mb << 20  # the body may be that long
 
-    async def read(self) -> Ask:
+    async def read(self, charge: Charge) -> Ask:
         """See `Caller`."""
         settings = self._server.settings
-        return await read_encode(self._request, self._server.pools.work, settings.max_body_mb << 20, settings.max_items)
+        limits = BodyLimits(settings.max_body_mb << 20, settings.max_items, settings.least_rate_kb << 10)
+        return await read_encode(self._request, self._server.pools.work, limits, charge)
 
     def until_gone(self) -> AbstractAsyncContextManager[None]:
         """See `Caller`."""
@@ -75,28 +81,43 @@ class HttpCaller:
         build = answers.safetensors_body if self._binary else answers.json_body
         body = build(req_id, encoded)
         headers = [(b"content-type", body.media_type.encode()), (b"content-length", str(body.size).encode())]
+        headers += [(name.lower().encode(), value.encode()) for name, value in self._load_headers().items()]
         self._answering = True
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        sent = 0
+        sent, rate = 0, LeastRate(self._server.settings.least_rate_kb << 10)
         for piece in body.pieces:
             sent += len(piece)
+            message = {"type": "http.response.body", "body": piece, "more_body": sent < body.size}
+            if sent == len(piece) == body.size:  # small: the connection's buffer takes all of it
+                await self._send(message)
+                return
             try:
                 async with asyncio.timeout(limit_s):
-                    await self._send({"type": "http.response.body", "body": piece, "more_body": sent < body.size})
+                    await rate.wait(self._send(message))
             except TimeoutError:
-                log.warning("request %s: the client took nothing of its answer for %g s: closing", req_id, limit_s)
-                raise DeliveryFailed(f"the client took nothing of its answer for {limit_s:g} s") from None
+                took = "too little" if rate.left_s == 0 else "nothing"
+                log.warning("request %s: the client took %s of its answer: closing", quoted(req_id), took)
+                raise DeliveryFailed(f"the client took {took} of its answer for {limit_s:g} s") from None
+            rate.count(len(piece))
 
     async def confirm(self, req_id: str, encoded: Encoded, *, silent: bool) -> None:
         """See `Caller`."""
         response = answers.nothing() if silent else answers.delivered(req_id, encoded)
+        response.headers.update(self._load_headers())
         await response(self._request.scope, self._request.receive, self._send)
 
     async def refuse(self, error: EncodeError, req_id: str | None) -> None:
         """See `Caller`."""
         if not self._answering:
             response = answers.error_answer(error, req_id)
+            response.headers.update(self._load_headers())
             await response(self._request.scope, self._request.receive, self._send)
+
+    def _load_headers(self) -> dict[str, str]:
+        headers = load_headers(self._server.load())
+        if self.item_tokens is not None:
+            headers[COST_HEADER] = str(self.item_tokens)
+        return headers
 
 
 def _asked_timeout(request: Request) -> float | None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server.api.answers import JSON
-from encode_server.api.schemas import PositiveInt
 from encode_server.errors import Forbidden
 from encode_server.runtime.bodies import read_small
 from encode_server.service.server import Server
 
+MAX_FORWARDS = 256
+
 
 class ProfileOptions(msgspec.Struct):
-    """`/start_profile`: without `num_steps` (forwards) it runs until `/stop_profile`."""
+    """`/start_profile`: it ends after `num_steps` forwards, or before that at `/stop_profile`. A trace grows with every
+    forward, and the ranks write it before they go on."""
 
     output_dir: str | None = None
-    num_steps: PositiveInt | None = None
+    num_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_FORWARDS)] = MAX_FORWARDS
 
 
 def add_profile_routes(router: APIRouter, server: Server) -> None:

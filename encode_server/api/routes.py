@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -14,7 +12,6 @@ from encode_server import __version__
 from encode_server.api import answers
 from encode_server.api.encode import EncodeEndpoint
 from encode_server.api.profiles import add_profile_routes
-from encode_server.api.schemas import openapi_components
 from encode_server.delivery.sglang.endpoints import add_sglang_routes
 from encode_server.runtime.pools import run
 from encode_server.service.info import server_info
@@ -54,42 +51,6 @@ def build_router(server: Server) -> APIRouter:
         return Response(msgspec.json.encode(document), media_type=answers.JSON)
 
     add_profile_routes(router, server)
-    if server.settings.engine == "sglang":
+    if server.settings.protocol == "sglang":
         add_sglang_routes(router, server.registrations, server.destination_policy, server.keys.client)
     return router
-
-
-def encode_operation() -> dict[str, Any]:
-    """The OpenAPI description of `POST /encode`, which FastAPI does not see: the route is plain ASGI."""
-    references, _ = openapi_components()
-
-    def body_of(name: str) -> dict[str, Any]:
-        return {"content": {answers.JSON: {"schema": references[name]}}}
-
-    errors = {
-        400: "Malformed request, or media that cannot be decoded",
-        403: "A source or destination that is not allowed",
-        413: "Above a limit",
-        415: "The model lacks the modality",
-        429: "Too busy; see Retry-After",
-        500: "The encoder failed on an item",
-        502: "The delivery failed",
-        503: "Not ready",
-        504: "The deadline passed",
-        507: "The embedding store is full",
-    }
-    return {
-        "summary": "Encode images, videos or audio",
-        "operationId": "encode",
-        "requestBody": body_of("EncodeBody") | {"required": True},
-        "responses": {
-            "200": {
-                "description": "The embedding, or the receipt of its delivery",
-                "content": {
-                    answers.JSON: {"schema": {"anyOf": [references["Answer"], references["Delivered"]]}},
-                    answers.OCTETS: {"schema": {"type": "string", "format": "binary"}},
-                },
-            },
-            **{str(status): body_of("ErrorAnswer") | {"description": text} for status, text in errors.items()},
-        },
-    }

@@ -10,7 +10,14 @@ from encode_server.errors import BadRequest
 from encode_server.wire.answers import Answer, Delivered, ErrorAnswer
 from encode_server.wire.modality import Modality
 
-PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+MAX_INT = 2**53 - 1  # beyond it a number in JSON is not exact
+MAX_ID = 512
+MAX_PORTS = 64
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
+Identifier = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID)]
+Port = Annotated[int, msgspec.Meta(ge=-MAX_INT, le=MAX_INT)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class ItemBody(msgspec.Struct, kw_only=True):
@@ -20,11 +27,11 @@ class ItemBody(msgspec.Struct, kw_only=True):
     content_hash: Annotated[str, msgspec.Meta(max_length=128)] | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
-    fps: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    fps: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     num_frames: PositiveInt | None = None
     min_frames: PositiveInt | None = None
     max_frames: PositiveInt | None = None
-    uuid: str | None = None
+    uuid: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
 
 
 class EncodeBody(msgspec.Struct, kw_only=True):
@@ -32,13 +39,14 @@ class EncodeBody(msgspec.Struct, kw_only=True):
 
     mm_items: Annotated[list[str | ItemBody], msgspec.Meta(min_length=1)]
     modality: Annotated[str, msgspec.Meta(max_length=64)]
-    req_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)] | None = None
+    req_id: Identifier | None = None
     num_parts: PositiveInt = 1
-    part_idx: Annotated[int, msgspec.Meta(ge=0)] = 0
+    part_idx: Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)] = 0
     prefill_host: Annotated[str, msgspec.Meta(max_length=255)] | None = None
-    embedding_port: int | Annotated[list[int], msgspec.Meta(min_length=1, max_length=1024)] | None = None
-    delivery: Literal["ec_store"] | None = None
-    timeout_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    embedding_port: Port | Annotated[list[Port], msgspec.Meta(min_length=1, max_length=MAX_PORTS)] | None = None
+    delivery: Literal["ec_store", "cache"] | None = None
+    frames: Literal["native", "sglang"] | None = None
+    timeout_s: Seconds | None = None
 
     def checked_modality(self) -> Modality:
         """The modality, in any case. Raises BadRequest naming those there are."""

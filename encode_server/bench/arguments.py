@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to send: sides of square JPEGs in pixels, video, audio; of several a random one each time [448]",
     )
     parser.add_argument("--items", type=int, default=1, metavar="N", help="media in one request [1]")
-    parser.add_argument("--concurrency", default="1,8,32", metavar="N,…", help="requests in work, in turn [1,8,32]")
+    parser.add_argument("--concurrency", default="1,8,32", metavar="N,…", help="requests in progress, in turn [1,8,32]")
     parser.add_argument("--rate", type=float, metavar="R", help="open loop instead: requests per second")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="measured time of each [10]")
     parser.add_argument("--warmup-s", type=float, default=2.0, metavar="S", help="unmeasured time before each [2]")

@@ -1,4 +1,4 @@
-"""The loops: closed (so many requests in work at a time) and open (so many a second, whatever comes back)."""
+"""The loops: closed (so many requests in progress at a time) and open (so many a second, whatever comes back)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from encode_server.errors import StartupError
 class Load:
     """How to send. Closed loop of `concurrency`, or with `rate` (requests per second, Poisson) an open one.
 
-    It ends after `seconds` or, closed, `count` requests, whichever is first; requests then in work are awaited but not
-    counted. Results of the first `warmup_s` seconds are not counted either. `most`: requests an open loop has in work
-    at most; those due beyond it wait, and their latency counts from when they were due.
+    It ends after `seconds` or, closed, `count` requests, whichever is first; requests then in progress are awaited but
+    not counted. Results of the first `warmup_s` seconds are not counted either. `most`: requests an open loop has in
+    progress at most; those due beyond it wait, and their latency counts from when they were due.
     """
 
     concurrency: int = 1
@@ -47,7 +47,7 @@ async def run_load(
     """Send `requests` as `load` says and report what came back.
 
     `on_result` is given every result, those not counted too, on the loop: keep it short. `on_progress` is given the
-    share done, 0 to 1, and the report so far, twice a second. Cancelled, it cancels what is in work.
+    share done, 0 to 1, and the report so far, twice a second. Cancelled, it cancels what is in progress.
     """
     return await _Run(client, requests, load, on_result).report(on_progress)
 

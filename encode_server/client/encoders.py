@@ -1,4 +1,4 @@
-"""The encoders of a pool: which of them are well, how busy they are, and which one is next."""
+"""The encoders of a pool: which of them are well, how much work each has, and which one is next."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
+
+import msgspec
 
 from encode_server.client.affinity import by_affinity
 from encode_server.client.errors import ClientError
-from encode_server.client.http import EncodeClient
+from encode_server.client.http import EncodeClient, Health
+from encode_server.client.workload import ItemCost, Workload
+from encode_server.wire.load import Load
 
 logger = logging.getLogger(__name__)
 
@@ -20,36 +24,82 @@ Choice = Literal["content", "least_loaded"]
 PROBE_TIMEOUT_S = 3.0
 SICK_PROBE_S = 0.5
 MISSES = 2  # a machine that is short of CPU misses one now and then
+AHEAD_S = 0.1  # an item leaves its owner when another encoder could begin so much earlier, and
+AHEAD_ITEMS = 2.0  # so many times an item's device time earlier: elsewhere the item may have to be encoded again
 
 
 class Encoder:
-    """One encoder as the pool sees it. `in_flight` counts items; `not_before` is of `time.monotonic()`."""
+    """One encoder as the pool sees it. `not_before` is of `time.monotonic()`. `lost` is set while the encoder does not
+    even answer probes: what it was given is not coming."""
 
-    def __init__(self, client: EncodeClient) -> None:
+    def __init__(self, client: EncodeClient, item_cost: ItemCost) -> None:
         self.client = client
         self.url = client.base_url
         self.healthy = True  # until proven otherwise: the first request needn't wait for a probe
         self.not_before = 0.0
-        self.in_flight = 0
+        self.work = Workload(item_cost)
         self.suspected = asyncio.Event()
+        self.lost = asyncio.Event()
+        client.on_answer = self.work.note
+
+    @property
+    def in_flight(self) -> int:
+        """Items that the encoder was given and has not answered."""
+        return self.work.in_flight
 
     @contextlib.contextmanager
     def working(self, items: int) -> Iterator[None]:
         """Count `items` as in flight."""
-        self.in_flight += items
+        self.work.sent(items)
         try:
             yield
         finally:
-            self.in_flight -= items
+            self.work.ended(items)
 
 
 class Encoders:
-    """Chooses among encoders, and keeps asking each for its health. Used on one loop."""
+    """Chooses among encoders, and keeps asking each for its health. Used on one loop.
 
-    def __init__(self, clients: Sequence[EncodeClient], choice: Choice, probe_s: float) -> None:
-        self.all = [Encoder(client) for client in clients]
-        self._choice, self._probe_s = choice, probe_s
+    `make`: a client of the encoder at a URL.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], make: Callable[[str], EncodeClient], choice: Choice, probe_s: float
+    ) -> None:
+        self._make, self._choice, self._probe_s = make, choice, probe_s
+        self._item_cost = ItemCost()
+        self._members: dict[str, Encoder] = {}
+        self._watchers: dict[Encoder, asyncio.Task[None]] = {}
+        self._watching: asyncio.TaskGroup | None = None
         self._changed = asyncio.Event()
+        for url in urls:
+            self.add(url)
+
+    @property
+    def all(self) -> list[Encoder]:
+        """The members."""
+        return list(self._members.values())
+
+    def add(self, url: str) -> Encoder:
+        """Make the encoder at `url` a member; nothing changes for a URL that is one."""
+        client = self._make(url)
+        if (known := self._members.get(client.base_url)) is not None:
+            return known
+        encoder = self._members[client.base_url] = Encoder(client, self._item_cost)
+        self._announce()
+        if self._watching is not None:
+            self._watchers[encoder] = self._watching.create_task(self._watch(encoder))
+        return encoder
+
+    def remove(self, url: str) -> None:
+        """The encoder is not a member any more: it is given nothing new. What it has in flight goes on."""
+        encoder = self._members.pop(url.rstrip("/"), None)
+        if encoder is None:
+            return
+        if (watcher := self._watchers.pop(encoder, None)) is not None:
+            watcher.cancel()
+        if self._watching is not None:
+            self._watching.create_task(_retire(encoder))
 
     async def choose(self, key: bytes, avoid: Collection[Encoder]) -> Encoder:
         """The encoder for an item; waits while none takes requests. One of `avoid` only when no other is left."""
@@ -62,14 +112,22 @@ class Encoders:
                     await self._changed.wait()
 
     def pick(self, key: bytes, avoid: Collection[Encoder] = ()) -> Encoder | None:
-        """The encoder for an item right now, None when all are sick or busy."""
+        """The encoder for an item right now, None when all are sick or busy.
+
+        By content: the item's owner, unless another encoder could begin so much earlier that encoding the item again
+        would cost less than waiting.
+        """
         now = time.monotonic()
         ready = [encoder for encoder in self.all if encoder.healthy and encoder.not_before <= now]
         ready = [encoder for encoder in ready if encoder not in avoid] or ready
         if not ready:
             return None
         ordered = by_affinity(key, [(encoder.url, encoder) for encoder in ready])
-        return ordered[0] if self._choice == "content" else min(ordered, key=lambda encoder: encoder.in_flight)
+        owner, least = ordered[0], min(ordered, key=lambda encoder: encoder.work.seconds)
+        if self._choice == "least_loaded":
+            return least
+        ahead_s = max(AHEAD_S, AHEAD_ITEMS * least.work.item_s)
+        return owner if owner.work.seconds <= least.work.seconds + ahead_s else least
 
     def plan(self, keys: Sequence[bytes]) -> list[list[int]]:
         """The items, by index, in groups that go to one encoder each."""
@@ -94,14 +152,23 @@ class Encoders:
     async def watch(self) -> None:
         """Ask each encoder for its health, again and again, until cancelled."""
         async with asyncio.TaskGroup() as group:
+            self._watching = group
             for encoder in self.all:
-                group.create_task(self._watch(encoder))
+                self._watchers[encoder] = group.create_task(self._watch(encoder))
+            await asyncio.Event().wait()  # members may come while there are none
 
     async def _watch(self, encoder: Encoder) -> None:
         misses = 0
         while True:
             encoder.suspected.clear()
-            misses = 0 if (well := await _says_well(encoder)) else misses + 1
+            health = await _health(encoder)
+            well = health is not None and health.ok
+            misses = 0 if well else misses + 1
+            if health is not None:
+                encoder.lost.clear()
+                _note_load(encoder, health)
+            elif misses >= MISSES:
+                encoder.lost.set()
             if not encoder.suspected.is_set() and (well or misses >= MISSES):  # a suspicion is newer than the answer
                 self._judge(encoder, well)
             with contextlib.suppress(TimeoutError):
@@ -114,11 +181,30 @@ class Encoders:
             return
         encoder.healthy = healthy
         logger.log(logging.INFO if healthy else logging.WARNING, "%s is %s", encoder.url, "well" if healthy else "sick")
+        self._announce()
+
+    def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-async def _says_well(encoder: Encoder) -> bool:
+async def _retire(encoder: Encoder) -> None:
+    """Close the connections of one that is no member any more, once nothing is in flight there."""
+    try:
+        while encoder.in_flight:  # noqa: ASYNC110 - seconds do not matter here
+            await asyncio.sleep(1.0)
+    finally:
+        await encoder.client.aclose()
+
+
+async def _health(encoder: Encoder) -> Health | None:
+    """What the encoder says of itself, None when it does not answer."""
     with contextlib.suppress(ClientError, TimeoutError):
-        return (await encoder.client.health(timeout=PROBE_TIMEOUT_S)).ok
-    return False
+        return await encoder.client.health(timeout=PROBE_TIMEOUT_S)
+    return None
+
+
+def _note_load(encoder: Encoder, health: Health) -> None:
+    document = {"backlog_s": health.document.get("backlog_seconds"), "capacity": health.document.get("capacity")}
+    with contextlib.suppress(msgspec.ValidationError):
+        encoder.work.say(msgspec.convert(document, Load))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +35,15 @@ class Delivered(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer, its body whole. `headers`: names in any case."""
+
+    status: int
+    body: bytearray
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Health:
     """The answer of `/health`: the HTTP status (200 or 503) and the document that explains it."""
 
@@ -63,6 +72,8 @@ class EncodeClient:
 
         self.base_url = base_url.rstrip("/")
         self.timeout = timeout
+        self.on_answer: Callable[[Mapping[str, str]], None] = lambda headers: None
+        """Given the headers of every answer, which say how much work the server has."""
         self._http = httpx.AsyncClient(
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key is not None else {},
@@ -133,7 +144,7 @@ class EncodeClient:
         Returns once the server has handed it over. The other arguments are those of `encode`.
         """
         fields = _fields(modality, req_id, num_parts, part_idx)
-        fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port}
+        fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port, "frames": "native"}
         return await self._deliver(media, fields, timeout_s)
 
     async def store(
@@ -151,13 +162,25 @@ class EncodeClient:
         fields = _fields(modality, req_id, 1, 0) | {"delivery": "ec_store"}
         return await self._deliver(media, fields, timeout_s)
 
+    async def warm(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        req_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Delivered:
+        """Has `media` encoded into the server's cache, for a request that will ask for the same; what it is like comes
+        back, the embedding does not. The arguments are those of `encode`."""
+        return await self._deliver(media, _fields(modality, req_id, 1, 0) | {"delivery": "cache"}, timeout_s)
+
     async def health(self, *, timeout: float = 5.0) -> Health:
         """What `/health` says within `timeout` seconds. A sick or loading server (503) is an answer, not an error."""
-        status, body, _ = await self._exchange("GET", "/health", timeout, None, {})
+        answer = await self.exchange("GET", "/health", timeout, None, {})
         try:
-            return Health(status, msgspec.json.decode(body, type=dict[str, Any]))
+            return Health(answer.status, msgspec.json.decode(answer.body, type=dict[str, Any]))
         except (ValueError, RecursionError):
-            raise error_from(status, body, None) from None
+            raise error_from(answer.status, answer.body, None) from None
 
     async def _deliver(self, media: Sequence[Media], fields: dict[str, object], timeout_s: float | None) -> Delivered:
         body = await self._post(media, fields, "application/json", timeout_s)
@@ -177,15 +200,18 @@ class EncodeClient:
             "Accept": accept,
         }
         limit = self.timeout if timeout_s is None else timeout_s + DEADLINE_MARGIN_S
-        status, body, retry_after = await self._exchange("POST", "/encode", limit, _sent(pieces), headers)
-        if status != 200:
-            raise error_from(status, body, retry_after)
-        return body
+        answer = await self.exchange("POST", "/encode", limit, pieces, headers)
+        if answer.status != 200:
+            raise error_from(answer.status, answer.body, answer.headers.get("Retry-After"))
+        return answer.body
 
-    async def _exchange(
-        self, method: str, path: str, limit: float, content: AsyncIterator[bytes] | None, headers: dict[str, str]
-    ) -> tuple[int, bytearray, str | None]:
-        """Status, body and Retry-After of one request, in `limit` seconds."""
+    async def exchange(
+        self, method: str, path: str, limit: float, pieces: list[bytes] | None, headers: dict[str, str]
+    ) -> Answer:
+        """One request, its body in `pieces`, and its answer, whatever its status, in `limit` seconds.
+
+        Raises `ServerUnreachable`, `TimeoutError`.
+        """
         import httpx
 
         body = bytearray()
@@ -193,11 +219,14 @@ class EncodeClient:
         try:
             async with (
                 asyncio.timeout(limit),
-                self._http.stream(method, path, content=content, headers=headers) as response,
+                self._http.stream(
+                    method, path, content=None if pieces is None else _sent(pieces), headers=headers
+                ) as response,
             ):
                 async for chunk in response.aiter_bytes():
                     body += chunk
-                return response.status_code, body, response.headers.get("Retry-After")
+            self.on_answer(response.headers)
+            return Answer(response.status_code, body, response.headers)
         except TimeoutError as exc:
             raise TimeoutError(f"no answer from {self.base_url}{path} within {limit:g} s") from exc
         except httpx.RequestError as exc:

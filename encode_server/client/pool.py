@@ -25,16 +25,19 @@ T = TypeVar("T")
 
 BUSY_S = 0.5  # the pause after a 429 that names none
 ARRIVAL_S = 10.0  # an embedding the server has handed over comes sooner, or was lost
+SAME_NAME_S = 0.05
 ELSEWHERE = frozenset({429, 502, 503, 504})
 
 
 @dataclass(frozen=True)
 class EncoderState:
-    """What the pool knows of an encoder: `in_flight` counts the items it was given and has not answered."""
+    """What the pool knows of an encoder: `in_flight` counts the items it was given and has not answered, `work_s` is
+    how many seconds it will be busy with what it has."""
 
     url: str
     healthy: bool
     in_flight: int
+    work_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class EncoderPool:
     """Encoders of one model behind one `encode`; an async context manager, for any number of concurrent calls.
 
     `urls`: the encoders. `choice`: `content` sends the same media to the same encoder, whose cache then knows it,
-    `least_loaded` to the one with the fewest items in flight. `receiver`, `advertise`: have embeddings pushed to this
-    open receiver under this address (its own by default) instead of answered. `attempts`: how often a part may fail
+    unless another could begin much earlier; `least_loaded` to the encoder that could begin first. `receiver`,
+    `advertise`: have embeddings pushed to this open receiver under this address (its own by default) instead of
+    answered. `attempts`: how often a part may fail
     before its error is raised; being told to come later (429) and finding nobody listening don't count.
     `attempt_timeout`: seconds one encoder may take, None for as long as the call. `timeout`: seconds of a call that
     names none. `probe_s`: seconds between health probes of each encoder.
@@ -84,10 +88,13 @@ class EncoderPool:
         timeout: float = 120.0,
         probe_s: float = 5.0,
     ) -> None:
-        if isinstance(urls, str) or not urls:
-            raise ValueError("urls is a list of encoders' URLs, at least one")
-        clients = [EncodeClient(url, api_key=api_key, timeout=timeout) for url in dict.fromkeys(urls)]
-        self._encoders = Encoders(clients, choice, probe_s)
+        if isinstance(urls, str):
+            raise ValueError("urls is a list of encoders' URLs")
+
+        def client(url: str) -> EncodeClient:
+            return EncodeClient(url, api_key=api_key, timeout=timeout)
+
+        self._encoders = Encoders(urls, client, choice, probe_s)
         self._receiver, self._advertise = receiver, advertise
         self._attempts, self._attempt_timeout, self._timeout = attempts, attempt_timeout, timeout
         self._watcher: asyncio.Task[None] | None = None
@@ -112,7 +119,12 @@ class EncoderPool:
     @property
     def encoders(self) -> tuple[EncoderState, ...]:
         """The encoders as they are now."""
-        return tuple(EncoderState(e.url, e.healthy, e.in_flight) for e in self._encoders.all)
+        return tuple(EncoderState(e.url, e.healthy, e.in_flight, e.work.seconds) for e in self._encoders.all)
+
+    @property
+    def members(self) -> Encoders:
+        """The encoders, for those who add and remove some."""
+        return self._encoders
 
     async def encode(
         self,
@@ -152,9 +164,65 @@ class EncoderPool:
             )
             return receipt.items
 
-        parts = await self._spread(media, req_id or uuid.uuid4().hex, timeout, stored)
-        by_index = {i: info for part in parts for i, info in zip(part.indices, part.result, strict=True)}
-        return tuple(by_index[i] for i in range(len(media)))
+        return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, stored))
+
+    async def warm(
+        self,
+        media: Sequence[Media],
+        modality: Modality | str,
+        *,
+        req_id: str | None = None,
+        timeout: float | None = None,
+    ) -> tuple[ItemInfo, ...]:
+        """Have each item encoded into the cache of the encoder that the same item will be sent to later (see
+        `EncodeClient.warm`)."""
+
+        async def warmed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
+            receipt = await attempt.client.warm(
+                attempt.media, modality, req_id=attempt.name, timeout_s=attempt.timeout_s
+            )
+            return receipt.items
+
+        return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, warmed))
+
+    async def hand_over(
+        self,
+        media: Sequence[Item],
+        modality: Modality | str,
+        *,
+        prefill_host: str,
+        embedding_port: int,
+        timeout: float | None = None,
+    ) -> tuple[ItemInfo, ...]:
+        """Have each item's embedding pushed to `tcp://prefill_host:embedding_port`, a part of its own whose `req_id` is
+        the item's `uuid`: for a receiver that looks embeddings up by name, such as `encode_server.vllm`'s. It may get
+        one twice."""
+
+        async def pushed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
+            (item,) = attempt.media
+            assert isinstance(item, Item) and item.uuid is not None
+            while True:
+                try:
+                    receipt = await attempt.client.push(
+                        [item],
+                        modality,
+                        prefill_host=prefill_host,
+                        embedding_port=embedding_port,
+                        req_id=item.uuid,
+                        timeout_s=attempt.timeout_s,
+                    )
+                    return receipt.items
+                except EncodeServerError as error:
+                    if error.status != 409:
+                        raise
+                    await asyncio.sleep(SAME_NAME_S)  # another request has the same item pushed at this moment
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._spread([item], item.uuid or "", timeout, pushed)) for item in media]
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from None
+        return tuple(info for task in tasks for part in task.result() for info in part.result)
 
     async def _spread(
         self, media: Sequence[Media], req_id: str, timeout: float | None, send: _Send[T]
@@ -253,6 +321,12 @@ class EncoderPool:
     def _nobody_well(self) -> str:
         sick = [encoder.url for encoder in self._encoders.all if not encoder.healthy]
         return f"{len(sick)} of {len(self._encoders.all)} encoders are sick" + (f": {', '.join(sick)}" if sick else "")
+
+
+def _item_infos(count: int, parts: list[_Part[tuple[ItemInfo, ...]]]) -> tuple[ItemInfo, ...]:
+    """What is known of each item, in the order of the items."""
+    by_index = {i: info for part in parts for i, info in zip(part.indices, part.result, strict=True)}
+    return tuple(by_index[i] for i in range(count))
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -29,3 +29,13 @@ class Delivery(Protocol):
 
     async def fail(self, part: Part, error: EncodeError) -> None:
         """Tell the destination, as far as it listens, without waiting for it; raises nothing."""
+
+
+class Kept:
+    """No delivery: the embedding stays in this server's cache, for a request that will ask for the same media."""
+
+    async def deliver(self, part: Part, encoded: Encoded) -> None:
+        """See `Delivery`."""
+
+    async def fail(self, part: Part, error: EncodeError) -> None:
+        """See `Delivery`."""

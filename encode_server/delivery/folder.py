@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encode_server.errors import BadRequest, DeliveryFailed, StartupError, StoreFull
-from encode_server.wire.tensorfile import expected_size
+from encode_server.wire.tensorfile import expected_size, head_metadata
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,15 @@ LOW_WATER = 0.9  # room is made for more than one entry, because each time the w
 HEADER_BYTES = 64 << 10
 TRIES = 5
 
+MAX_ENTRIES = 100_000  # each takes two inodes, and a look whenever room is made
+BLOCK = 4096  # bytes; a file takes whole ones, and its folder one
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+def on_disk(size: int) -> int:
+    """What an entry of `size` bytes takes of a disk, its folder included."""
+    return -(-size // BLOCK) * BLOCK + BLOCK
 
 
 def check_identifier(identifier: str) -> None:
@@ -55,12 +63,22 @@ class _Entry:
 class EntryFolder:
     """Writes entries and removes old ones. Its methods block: call them in worker threads, any number at once.
 
-    `max_bytes`: of all entries together. `max_age_s`: an entry goes when it was written so long ago. Younger than
-    `floor_s` none goes, whatever the bytes. Raises StartupError when `path` cannot be written to.
+    `max_bytes`: of all entries together, as the disk has them. `max_entries`: how many there may be. `max_age_s`: an
+    entry goes when it was written so long ago. Younger than `floor_s` none goes, whatever the bytes. Raises
+    StartupError when `path` cannot be written to.
     """
 
-    def __init__(self, path: str, *, max_bytes: int, max_age_s: float, floor_s: float = FLOOR_S) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        max_bytes: int,
+        max_age_s: float,
+        floor_s: float = FLOOR_S,
+        max_entries: int = MAX_ENTRIES,
+    ) -> None:
         self.max_bytes, self._max_age_s, self._floor_s = max_bytes, max_age_s, floor_s
+        self._max_entries, self._entry_count = max_entries, 0
         self._lock = threading.Lock()
         self._used: int | None = None  # not known before the directory was read
         try:
@@ -80,7 +98,7 @@ class EntryFolder:
         cannot be written to. Whatever the exit, no part of a file is left.
         """
         check_identifier(identifier)
-        size = sum(memoryview(piece).nbytes for piece in pieces)
+        size = on_disk(sum(memoryview(piece).nbytes for piece in pieces))
         self._make_room(size)
         try:
             self._write(identifier, pieces)
@@ -91,6 +109,20 @@ class EntryFolder:
             raise DeliveryFailed(f"the embedding store cannot be written to: {error.strerror}") from None
         with self._lock:
             self._used = (self._used or 0) + size
+            self._entry_count += 1
+
+    def metadata(self, identifier: str) -> dict[str, str]:
+        """What the head of an entry says of its content; empty where there is no entry, or none of ours."""
+        check_identifier(identifier)
+        try:
+            with self._opened(identifier) as folder:
+                file = os.open(ENTRY, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+                try:
+                    return head_metadata(os.read(file, HEADER_BYTES))
+                finally:
+                    os.close(file)
+        except OSError:
+            return {}
 
     @property
     def used_bytes(self) -> int:
@@ -134,25 +166,30 @@ class EntryFolder:
         with self._lock:
             if self._used is None:
                 self._expire(self.max_bytes)
-            if (self._used or 0) + size > self.max_bytes:
-                self._expire(int(self.max_bytes * LOW_WATER) - size)
-            if (self._used or 0) + size > self.max_bytes:
+            if self._full(size):
+                self._expire(int(self.max_bytes * LOW_WATER) - size, int(self._max_entries * LOW_WATER))
+            if self._full(size):
                 raise StoreFull(
                     f"the embedding store has no room for {size} bytes: what it holds is too new to be removed",
                     headers={"Retry-After": str(round(self._floor_s) or 1)},
                     bound="store",
                 )
 
-    def _expire(self, max_bytes: int) -> int:
+    def _full(self, size: int) -> bool:
+        return (self._used or 0) + size > self.max_bytes or self._entry_count >= self._max_entries
+
+    def _expire(self, max_bytes: int, max_entries: int | None = None) -> int:
+        most = self._max_entries if max_entries is None else max_entries
         now = time.time()
         entries = sorted(self._entries(), key=lambda entry: entry.modified)
-        self._used, gone = sum(entry.size for entry in entries), 0
+        self._used, self._entry_count, gone = sum(entry.size for entry in entries), len(entries), 0
         for entry in entries:
             age = now - entry.modified
-            if age < self._floor_s or (age < self._max_age_s and self._used <= max_bytes):
+            if age < self._floor_s or (age < self._max_age_s and self._used <= max_bytes and self._entry_count <= most):
                 break
             self._remove(entry.name)
             self._used -= entry.size
+            self._entry_count -= 1
             gone += 1
         return gone
 
@@ -166,7 +203,8 @@ class EntryFolder:
             except OSError:
                 continue
             else:
-                yield _Entry(name, found.st_size, found.st_mtime)
+                size = max(on_disk(found.st_size), found.st_blocks * 512 + BLOCK)
+                yield _Entry(name, size, found.st_mtime)
 
     def _forget_lookup(self, name: str) -> None:
         # vLLM makes the folder of whatever it looks up. Only names like its digests: the directory may have other uses.

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 
 from encode_server.delivery.base import Part
 from encode_server.delivery.folder import EntryFolder, check_identifier
-from encode_server.errors import BadRequest, EncodeError
+from encode_server.errors import BadRequest, Duplicate, EncodeError
 from encode_server.runtime.pools import run, run_to_end
 from encode_server.wire.embedding import Encoded, EncodedItem
 from encode_server.wire.tensorfile import tensor_head
@@ -61,7 +61,7 @@ class StoreDelivery:
         self._folder, self._identifiers, self._pool = folder, identifiers, pool
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
-        """See `Delivery`. Also raises StoreFull."""
+        """See `Delivery`. Also raises StoreFull, and Duplicate for the name of other media."""
         for identifier, item in zip(self._identifiers, encoded.items, strict=True):
             await run_to_end(self._pool, self._write, identifier, item, encoded)
 
@@ -71,5 +71,10 @@ class StoreDelivery:
     def _write(self, identifier: str, item: EncodedItem, encoded: Encoded) -> None:
         shape = (item.info.tokens, encoded.dim)
         metadata = {"model": encoded.model, "modality": str(encoded.modality), "content_hash": item.info.content_hash}
+        there = self._folder.metadata(identifier)
+        same = ("model", "modality", "content_hash")
+        if there.get("model") == encoded.model and any(there.get(key) != metadata[key] for key in same):
+            # Whoever can guess a uuid could put an embedding in the place of another's.
+            raise Duplicate(f"uuid {identifier!r} is the name of other media in the store")
         head = tensor_head(TENSOR, encoded.dtype, shape, item.data.nbytes, metadata)
         self._folder.write(identifier, [head, item.data])

@@ -20,7 +20,13 @@ from encode_server.runtime.forkserver import Forkserver
 from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
+from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
+
+ENTRY = "encode_server.engine.rank:main"
+
+LOOK_S = 1.0
+"""Seconds from which a command is looked at closely: /proc is not read for those that end sooner."""
 
 PEERS_S = 2.0
 """Time for other ranks to report the same failure; a rank still silent after it is stuck in a collective."""
@@ -59,6 +65,7 @@ class GroupSpec:
     dtype: str
     checkpoint_dtype: str
     threads: int
+    facts: Facts | None = None
 
 
 @dataclass
@@ -153,6 +160,8 @@ class RankGroup:
         if pending.started is None:
             return 0.0
         age = time.monotonic() - pending.started
+        if age < LOOK_S:
+            return age
         late = [rank.peer.pid for index, rank in enumerate(self._ranks) if index not in pending.done and rank.peer.pid]
         if not pending.waited:
             pending.waited = {pid: waited(pid) for pid in late}
@@ -198,10 +207,11 @@ class RankGroup:
             checkpoint_dtype=spec.checkpoint_dtype,
             threads=spec.threads,
             arena_bytes=self._arena.size,
+            facts=spec.facts,
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)
-        await peer.start(self._forkserver, f"rank {index}", "encode_server.engine.rank:main", argument, fds)
+        await peer.start(self._forkserver, f"rank {index}", ENTRY, argument, fds)
         peer.exited.add_done_callback(lambda exited: self._on_exit(index, rank, exited.result()))
 
     async def _call(self, command: m.Acknowledged, expected_s: float | None = None) -> list[m.Done]:

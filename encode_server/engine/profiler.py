@@ -33,7 +33,7 @@ class Profiler:
     def stop(self) -> None:
         """End the profile and write its trace. Raises ValueError when none is running, OSError for a full disk."""
         if self._profile is None:
-            raise ValueError("no profile is running")
+            raise ValueError("no profile is running: one ends by itself after its forwards")
         ended, self._profile = self._profile, None
         ended.stop()
         ended.export_chrome_trace(self._path)

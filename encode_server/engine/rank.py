@@ -173,6 +173,7 @@ def load(setup: m.RankSetup, arena_fd: int, store_fd: int, progress: Callable[[s
         dtype=resolve_dtype(setup.dtype, setup.checkpoint_dtype, device),
         rank=setup.rank,
         world=setup.world,
+        facts=setup.facts,
     )
     if device != "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # of the weights' way to the device: what was freed is kept otherwise

@@ -24,7 +24,7 @@ PROFILE_LIMIT_S = 300.0  # a trace of many forwards takes long to write
 LEAST_LIMIT_S = 5.0  # no forward is taken for a hang before
 OVERDUE = 10.0  # times what a forward should have taken
 COLD_FORWARDS = 4  # of a new group, which still compile kernels: only the upper bound holds for them
-WATCH_S = 0.25
+WATCH_S = 0.5
 
 
 class EngineState(StrEnum):

@@ -15,6 +15,7 @@ from encode_server.media.inline import decode_inline
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.web import Resolver, WebFetcher
+from encode_server.runtime.charge import Charge, free
 from encode_server.runtime.pools import Pace, run_sized
 
 
@@ -43,21 +44,26 @@ class MediaSource:
         self._limits = limits
         self._executor = executor
 
-    async def fetch(self, url: str) -> bytes:
-        """The compressed bytes of the media that `url` names, at least one.
+    async def fetch(self, url: str, charge: Charge = free, client: str = "") -> bytes:
+        """The compressed bytes of the media that `url` names, at least one; each piece is charged before it is kept.
+        `client`: who asks, for fairness.
 
         Raises `Forbidden` for a source that the options do not allow, `TooLarge` beyond a limit, and `BadMedia` for a
-        source that is malformed, cannot be reached, or doesn't arrive in time.
+        source that is malformed, cannot be reached, or doesn't arrive in time. Raises what `charge` raises.
         """
         loop = asyncio.get_running_loop()
         scheme = re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]{0,30}):", url)
         name = scheme[1].lower() if scheme else ""
         if name in ("http", "https"):
-            return await loop.run_in_executor(self._executor, b"".join, await self._web.get(url.strip()))
+            pieces = await self._web.get(url.strip(), charge, client)
+            return await loop.run_in_executor(self._executor, b"".join, pieces)
         if name == "file" or self._files.is_path(url):
-            return await loop.run_in_executor(self._executor, self._files.read, url, self._limits)
+            media = await loop.run_in_executor(self._executor, self._files.read, url, self._limits)
+            await charge(len(media))
+            return media
         if name not in ("", "data"):
             raise BadMedia(f"the scheme {name}: is not supported, expected http, https, data or file")
+        await charge(len(url) // 4 * 3)  # beside the text, which the request keeps
         # Percent signs are decoded thirty times as slowly.
         weight = len(url) * (30 if "%" in url else 1)
         return await run_sized(self._executor, Pace.BASE64, weight, decode_inline, url.lstrip(), self._limits)

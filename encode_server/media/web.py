@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import httpcore
 import httpx
@@ -15,7 +13,11 @@ from encode_server import __version__
 from encode_server.errors import BadMedia
 from encode_server.media.addresses import Address, parse_address
 from encode_server.media.limits import MediaLimits
+from encode_server.media.patience import PatientNetwork, PatientStream
 from encode_server.media.policy import UrlPolicy, refusal
+from encode_server.runtime.charge import Charge, free
+from encode_server.runtime.resolving import Resolver as SystemResolver
+from encode_server.runtime.slots import FairSlots
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Takes host and port, gives its addresses as text. Raises `OSError` for a name that has none."""
@@ -28,7 +30,8 @@ _NETWORK_ERRORS = (
     OSError,
 )
 
-MAX_FETCHES = 128  # concurrently: each has a socket, and may hold as many bytes as an item may have
+MAX_FETCHES = 256  # concurrently: each has a socket, and perhaps a thread that looks a name up
+CLIENT_SHARE = 0.5  # of them
 
 
 class WebFetcher:
@@ -52,19 +55,22 @@ class WebFetcher:
         """`resolve`, `ssl_context` and `network` replace the system's name resolution, certificates and sockets."""
         self._policy = policy
         self._limits = limits
-        self._places = asyncio.Semaphore(MAX_FETCHES)
-        # Threads of its own: a name server that doesn't answer must delay neither decodes nor deliveries.
-        self._resolving = ThreadPoolExecutor(8, thread_name_prefix="resolve")
+        self._places = FairSlots(MAX_FETCHES, CLIENT_SHARE)
+        # As many threads as fetches: a name server that doesn't answer delays those alone who ask for its names.
+        self._resolver = SystemResolver(MAX_FETCHES, limit_s=limits.fetch_seconds)
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
             max_connections=None,
             max_keepalive_connections=32,
             keepalive_expiry=10.0,
-            network_backend=_VettedNetwork(policy, resolve or self._resolve, network or httpcore.AnyIOBackend()),
+            network_backend=_VettedNetwork(
+                policy, resolve or self._resolver.look_up, PatientNetwork(network or httpcore.AnyIOBackend())
+            ),
         )
 
-    async def get(self, text: str) -> list[bytes]:
-        """The body at the URL `text`, in pieces; joining them is left to a thread.
+    async def get(self, text: str, charge: Charge = free, client: str = "") -> list[bytes]:
+        """The body at the URL `text`, in pieces, each charged before it is kept; joining them is left to a thread.
+        `client`: who asks, for fairness.
 
         Raises `Forbidden` for a host that the policy refuses, first or after a redirect, `TooLarge` beyond
         `limits.max_bytes`, `BadMedia` for all else that keeps it from arriving within `limits.fetch_seconds`.
@@ -72,10 +78,10 @@ class WebFetcher:
         url = _parse(text)
         host = url.host
         try:
-            async with self._places, asyncio.timeout(self._limits.fetch_seconds):
+            async with self._places.hold(client), asyncio.timeout(self._limits.fetch_seconds):
                 for _ in range(self._limits.redirects + 1):
                     host = url.host
-                    answer = await self._get_once(url)
+                    answer = await self._get_once(url, charge)
                     if not isinstance(answer, httpx.URL):
                         return answer
                     url = answer
@@ -90,9 +96,8 @@ class WebFetcher:
     async def aclose(self) -> None:
         """Close every connection. A fetch in progress fails."""
         await self._pool.aclose()
-        self._resolving.shutdown(wait=False, cancel_futures=True)
 
-    async def _get_once(self, url: httpx.URL) -> list[bytes] | httpx.URL:
+    async def _get_once(self, url: httpx.URL, charge: Charge) -> list[bytes] | httpx.URL:
         """One request: the body, or where the answer redirects to."""
         self._policy.check_host(url.raw_host.decode("ascii"), _port(url))
         seconds = self._limits.fetch_seconds
@@ -108,6 +113,8 @@ class WebFetcher:
             ],
             extensions={"timeout": dict.fromkeys(("connect", "read", "write", "pool"), seconds)},
         ) as response:
+            if isinstance(stream := response.extensions.get("network_stream"), PatientStream):
+                stream.answered()
             headers = {name.lower(): value for name, value in response.headers}
             if response.status in _REDIRECTS and b"location" in headers:
                 return _parse(headers[b"location"].decode("latin-1"), base=url)
@@ -115,9 +122,9 @@ class WebFetcher:
                 raise BadMedia(f"the host {url.host!r} answered {response.status}, expected 200")
             if headers.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):
                 raise BadMedia(f"the host {url.host!r} sent a compressed body, expected the media as they are")
-            return await self._body(response, headers.get(b"content-length", b""))
+            return await self._body(response, headers.get(b"content-length", b""), charge)
 
-    async def _body(self, response: httpcore.Response, declared: bytes) -> list[bytes]:
+    async def _body(self, response: httpcore.Response, declared: bytes, charge: Charge) -> list[bytes]:
         if declared.isdigit():
             self._limits.check_bytes(int(declared[:20]))
         parts: list[bytes] = []
@@ -125,6 +132,7 @@ class WebFetcher:
         async for part in response.aiter_stream():
             size += len(part)
             self._limits.check_bytes(size)
+            await charge(len(part))
             parts.append(part)
             if len(parts) % 32 == 0:
                 # Thousands of tiny chunks in one packet must not block the loop.
@@ -132,13 +140,6 @@ class WebFetcher:
         if not size:
             raise BadMedia("the URL gives an empty body")
         return parts
-
-    async def _resolve(self, host: str, port: int) -> list[str]:
-        def look_up() -> list[str]:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-        return await asyncio.get_running_loop().run_in_executor(self._resolving, look_up)
 
 
 class _VettedNetwork(httpcore.AsyncNetworkBackend):

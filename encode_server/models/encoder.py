@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from encode_server.errors import StartupError
-from encode_server.models.attention import use_segment_attention
 from encode_server.models.checkpoint import open_directory
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
-from encode_server.models.linear import align_mlps, pack_linears, replace_patch_convolutions
+from encode_server.models.families.generic import Generic
+from encode_server.models.generic.discover import discover
+from encode_server.models.linear import align_mlps
 from encode_server.models.parallel import shard
 from encode_server.models.quantised import check_unquantised
-from encode_server.models.registry import check_tp, summarize
-from encode_server.models.weights import load_model, quiet
+from encode_server.models.registry import check_tp, known, summarize
+from encode_server.models.speedups import Speedup, speed_up
+from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
 from encode_server.wire.ranks import EncoderInfo
 
@@ -44,11 +46,14 @@ class Encoder:
         return self._family.forward(self._model, modality, items, self._device)
 
 
-def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: int = 1) -> Encoder:
+def load_encoder(
+    path: str, *, device: str, dtype: str, rank: int = 0, world: int = 1, facts: Facts | None = None
+) -> Encoder:
     """Load the encoder of the checkpoint in directory `path` and keep the part of rank `rank` of `world`.
 
     `device`: torch's name. `dtype`: `float32`, `bfloat16` or `float16`. With `world` > 1 torch.distributed's default
-    group must exist. Code that comes with a checkpoint is never run: the architectures known need none.
+    group must exist. `facts`: of this checkpoint's inspection; without them a family that has no rules of its own is
+    inspected here, which takes longer than loading it. Code that comes with a checkpoint is never run.
 
     Raises:
         StartupError: unsupported or incomplete checkpoint, an encoder that is itself quantised, or a `world` that does
@@ -57,20 +62,19 @@ def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: in
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     checkpoint = open_directory(Path(path))
-    check_tp(summarize(checkpoint), world)
+    if known(checkpoint) is not None:
+        check_tp(summarize(checkpoint), world)
     check_unquantised(checkpoint)
     family = family_of(checkpoint)
-    with quiet():
-        model_class, config = family.model_class()
-    model: Any = load_model(
-        model_class, config, checkpoint, rename=family.rename, required=family.required, dtype=DTYPES[dtype]
-    )
+    if isinstance(family, Generic):
+        family.facts = facts or discover(family, world)
+    model: Any = family.load(DTYPES[dtype])
     target = torch.device(device)
-    if target.type == "cuda":
+    speedups = family.speedups
+    if target.type == "cuda" and Speedup.ALIGN in speedups:
         align_mlps(model, world)
-    shard(model, family.plan, rank=rank, world=world)
-    use_segment_attention(model)
-    replace_patch_convolutions(model)
+    shard(model, rank=rank, world=world, whole=family.whole)
+    speed_up(model, speedups - {Speedup.PACK})
     model = model.to(target)
     info = EncoderInfo(
         model_type=checkpoint.model_type,
@@ -80,5 +84,5 @@ def load_encoder(path: str, *, device: str, dtype: str, rank: int = 0, world: in
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
     )
     if target.type == "cpu":
-        pack_linears(model)
+        speed_up(model, speedups & {Speedup.PACK})
     return Encoder(family, model, target, info)

@@ -6,13 +6,18 @@ the network.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from encode_server.errors import StartupError
 from encode_server.models.checkpoint import read_json, resolve
 from encode_server.models.quantised import check_unquantised
-from encode_server.models.registry import ARCHITECTURES, check_tp, summarize
-from encode_server.wire.checkpoint import Inspection
+from encode_server.models.registry import ARCHITECTURES, check_tp, known, stored_dtype, summarize
+from encode_server.wire.checkpoint import Batching, Facts, Inspection, Proof
 from encode_server.wire.modality import Modality
 
 _PROCESSOR_MODULES = {
@@ -37,35 +42,57 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
             operator.
     """
     from encode_server.media.samples import probe_media
+    from encode_server.models.families import family_of
+    from encode_server.models.verify import check_tensors
 
     model, revision, tp = arguments
     checkpoint = resolve(model, revision)
-    summary = summarize(checkpoint)
-    check_tp(summary, tp)
-    check_unquantised(checkpoint)
-    modalities = sorted(summary.modalities)
+    if tp < 1:
+        raise StartupError(f"tp must be at least 1, got {tp}")
+    facts = None
+    if known(checkpoint) is not None:
+        summary = summarize(checkpoint)
+        check_tp(summary, tp)
+        check_unquantised(checkpoint)
+        check_tensors(family_of(checkpoint))
+        modalities, dtype = sorted(summary.modalities), summary.dtype
+    else:
+        from encode_server.models.families.generic import Generic
+        from encode_server.models.generic.discover import discover
+
+        family = Generic(checkpoint)
+        check_unquantised(checkpoint)
+        check_tensors(family)
+        facts = discover(family, tp)
+        modalities, dtype = sorted(facts.modalities), stored_dtype(checkpoint, ())
     return Inspection(
         path=str(checkpoint.path),
         name=checkpoint.name,
         revision=checkpoint.revision,
         model_type=checkpoint.model_type,
         modalities=modalities,
-        dtype=summary.dtype,
+        dtype=dtype,
         probes={modality: probe_media(modality) for modality in modalities},
-        preload=_preload(checkpoint.model_type),
+        preload=_preload(checkpoint.model_type, checkpoint.config),
+        facts=facts,
+        notes=_notes(facts, tp) if facts is not None else [],
     )
 
 
-def refuse_early(model: str, tp: int) -> None:
-    """Raise StartupError for what this machine's files alone show to be wrong, before any process is started.
-
-    Imports neither torch nor a media decoder. `inspect` says the rest.
-    """
-    local = Path(model).expanduser()
-    if model != "demo" and (
-        local.is_dir() or local.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    ):
-        check_tp(summarize(resolve(model)), tp)
+def _notes(facts: Facts, tp: int) -> list[str]:
+    notes = [f"{modality} is not offered: {reason}" for modality, reason in facts.refused.items()]
+    if facts.whole:
+        notes.append(f"each of the {tp} ranks holds all of {', '.join(facts.whole)}: their parts do not add up")
+    if facts.undivided:
+        notes.append(f"each of the {tp} ranks holds all of {', '.join(facts.undivided)}: {tp} does not divide them")
+    for modality, one in facts.modalities.items():
+        if one.batching is Batching.ALONE:
+            notes.append(f"{modality} is encoded one by one: a batch gives other rows")
+        if one.proof is Proof.COUNTED:
+            notes.append(
+                f"{modality} is compared with the number of placeholders only, not with the model's own forward"
+            )
+    return notes
 
 
 def preload_modules(model: str, revision: str | None) -> list[str]:
@@ -81,9 +108,10 @@ def preload_modules(model: str, revision: str | None) -> list[str]:
     if config is None:
         return []
     try:
-        return _preload(str(read_json(config, model).get("model_type", "")))
+        content = read_json(config, model)
     except StartupError:
         return []
+    return _preload(str(content.get("model_type", "")), content)
 
 
 def _local_config(model: str, revision: str | None) -> Path | None:
@@ -100,11 +128,37 @@ def _local_config(model: str, revision: str | None) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _preload(model_type: str) -> list[str]:
-    """The modelling code of `model_type`, and what the processors of its modalities are built on."""
+def _preload(model_type: str, config: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+    """The modelling code of `model_type`, and what the processors of its modalities are built on.
+
+    `config`: config.json, whose parts say what else a family without rules of its own is built from.
+    """
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
-        return []
+        return _modelling(config)
     package = architecture.package
     processors = [module for modality in sorted(architecture.modalities) for module in _PROCESSOR_MODULES[modality]]
     return [f"transformers.models.{package}.modeling_{package}", *processors]
+
+
+def _modelling(config: Mapping[str, Any]) -> list[str]:
+    """transformers' modelling modules of a configuration and its parts, found without importing transformers."""
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return []
+    types = [
+        config.get("model_type"),
+        *(part.get("model_type") for part in config.values() if isinstance(part, Mapping)),
+    ]
+    found = []
+    for name in types:
+        package = str(name)
+        while package:  # parts are called like `siglip_vision_model`, packages like `siglip`
+            if (
+                re.fullmatch(r"\w+", package)
+                and (Path(spec.origin).parent / "models" / package / f"modeling_{package}.py").is_file()
+            ):
+                found.append(f"transformers.models.{package}.modeling_{package}")
+                break
+            package = package.rpartition("_")[0]
+    return list(dict.fromkeys(found))

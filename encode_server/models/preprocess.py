@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from encode_server.errors import BadMedia, BadRequest, StartupError, TooLarge, UnsupportedModality, first_line
+from encode_server.errors import BadMedia, BadRequest, TooLarge, UnsupportedModality, first_line
 from encode_server.media.limits import MediaLimits
 from encode_server.media.samples import probe_media
 from encode_server.media.video import VideoInfo
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families import family_of
 from encode_server.models.prepared import Prepared
-from encode_server.models.registry import check_supported
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 
@@ -33,10 +32,10 @@ class Preprocessor:
         Raises:
             StartupError: a processor's configuration is missing or unreadable.
         """
-        self.modalities = check_supported(checkpoint).modalities
         self._family = family_of(checkpoint)
+        self.modalities = self._family.modalities
         self._limits, self._max_patches = limits, max_patches
-        self._processors = {modality: _load_processor(checkpoint, modality) for modality in sorted(self.modalities)}
+        self._processors = {modality: self._family.load_processor(modality) for modality in sorted(self.modalities)}
 
     def prepare(
         self,
@@ -103,7 +102,7 @@ class Preprocessor:
 
         processor = self._processors[Modality.VIDEO]
         sizing = self._sizing(processor, options)
-        sampler = _with_frame_options(processor, options)
+        sampler, own = _with_frame_options(processor, options), self._family.sampling(processor)
         metadata = VideoMetadata(total_num_frames=0)
 
         def choose(info: VideoInfo) -> Sequence[int]:
@@ -116,7 +115,7 @@ class Preprocessor:
                 duration=info.duration,
                 video_backend="pyav",
             )
-            indices = _choose(sampler, metadata, options)
+            indices = _choose(sampler, own, metadata, options)
             metadata.frames_indices = indices
             self._check_enlarged(processor, options, len(indices))
             return indices
@@ -133,7 +132,7 @@ class Preprocessor:
         low, high = options.min_pixels, options.max_pixels
         if low is None and high is None:
             return {}
-        if not self._family.variable_pixels:
+        if not self._family.sizes_freely(processor):
             raise BadRequest("min_pixels and max_pixels do not apply: this model's images have one fixed size")
         if low is None:
             low = min(int(processor.size["shortest_edge"]), high) if high is not None else None
@@ -149,21 +148,6 @@ class Preprocessor:
         patches = steps * options.min_pixels // int(processor.patch_size) ** 2
         if patches > self._max_patches:
             raise TooLarge(f"min_pixels {options.min_pixels} makes {patches} patches, at most {self._max_patches}")
-
-
-def _load_processor(checkpoint: Checkpoint, modality: Modality) -> Any:
-    if modality is Modality.IMAGE:
-        from transformers.models.auto.image_processing_auto import AutoImageProcessor as Auto
-    elif modality is Modality.VIDEO:
-        from transformers.models.auto.video_processing_auto import AutoVideoProcessor as Auto
-    else:
-        from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor as Auto
-    try:
-        return Auto.from_pretrained(str(checkpoint.path), local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise StartupError(
-            f"model {checkpoint.name!r}: its {modality} processor cannot be loaded: {first_line(error)}"
-        ) from error
 
 
 def _check(options: ItemOptions) -> None:
@@ -198,31 +182,47 @@ def _with_frame_options(processor: Any, options: ItemOptions) -> Any:
     for name, value in given.items():
         setattr(sampler, name, value)
     if options.min_frames is not None:
-        sampler.max_frames = max(sampler.max_frames or 0, options.min_frames)
+        sampler.max_frames = max(getattr(sampler, "max_frames", None) or 0, options.min_frames)
     if options.max_frames is not None:
-        sampler.min_frames = min(sampler.min_frames or 0, options.max_frames)
+        sampler.min_frames = min(getattr(sampler, "min_frames", None) or 0, options.max_frames)
     return sampler
 
 
-def _choose(sampler: Any, metadata: Any, options: ItemOptions) -> list[int]:
-    """Indices of the frames to decode, by the processor's own `sample_frames`.
+def _choose(sampler: Any, own: Mapping[str, Any] | None, metadata: Any, options: ItemOptions) -> list[int]:
+    """Indices of the frames to decode, by the processor's own `sample_frames`. `own`: see `Family.sampling`.
 
     A processor that doesn't sample takes every frame, or an even choice of `max_frames` where the request gives it; a
     clip of fewer frames than one temporal patch is taken whole, because `sample_frames` can't choose from it.
     """
     total = int(metadata.total_num_frames)
-    sampled = sampler.do_sample_frames and (sampler.fps or sampler.num_frames)
+    whole = list(range(total))
+    sampled = sampler.do_sample_frames and (own is not None or sampler.fps or sampler.num_frames)
     count = None
     if not sampled and options.max_frames is not None and options.max_frames < total:
         count = options.max_frames
-    if total < int(sampler.temporal_patch_size) or not (sampled or count):
-        return list(range(total))
+    if total < int(getattr(sampler, "temporal_patch_size", None) or 1) or not (sampled or count):
+        return whole
+    # Given outright: not every processor's sample_frames looks for its own settings.
+    given = dict(own) if own is not None else {"num_frames": sampler.num_frames}
+    for name in ("fps", "num_frames", "min_frames", "max_frames"):
+        if name in given:
+            given[name] = getattr(sampler, name, None)
+    if count is not None:
+        given["num_frames"] = count
     try:
-        # num_frames given outright: not every processor's sample_frames looks for its own
-        chosen = sampler.sample_frames(metadata, num_frames=count or sampler.num_frames)
+        chosen = sampler.sample_frames(metadata, **given)
     except (ValueError, ZeroDivisionError, TypeError) as error:
+        if own is not None and _free(options):
+            return whole
         raise BadRequest(f"no frames can be chosen from {total} with these options: {first_line(error)}") from error
     indices = [min(int(index), total - 1) for index in chosen]
     if not indices:
+        if own is not None and _free(options):
+            return whole  # a clip shorter than what the processor samples from
         raise BadRequest(f"these options choose no frame of {total}")
     return indices
+
+
+def _free(options: ItemOptions) -> bool:
+    """Whether the request leaves the choice of frames to the processor."""
+    return options.fps is options.num_frames is options.min_frames is options.max_frames is None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
-from encode_server.models.registry import check_supported
+from encode_server.models.checkpoint import Checkpoint, stored_tensors, weight_files
 
 _SETTING = "quantization_config"
 _PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
@@ -41,14 +39,22 @@ def check_unquantised(checkpoint: Checkpoint) -> None:
     Raises:
         StartupError: an encoder tensor is quantised (the message names the first), or a shard is unreadable.
     """
-    wanted = re.compile(check_supported(checkpoint).weights)
-    for file in weight_files(checkpoint):
-        for key, dtype in tensor_dtypes(file):
-            if wanted.match(key) and _is_quantised(key, dtype):
-                raise StartupError(
-                    f"model {checkpoint.name!r}: its encoder is quantised ({key} is {dtype}); "
-                    "only the language model of a checkpoint may be"
-                )
+    files = weight_files(checkpoint)
+    stored = {key: tensor.dtype for file in files for key, tensor in stored_tensors(file).items()}
+    # A packed weight has another name than the weight that it stands for.
+    plain = {key: _plain_name(key) for key in stored}
+    wanted = checkpoint.encoder_keys({*plain.values()})
+    for key, dtype in stored.items():
+        if plain[key] in wanted and _is_quantised(key, dtype):
+            raise StartupError(
+                f"model {checkpoint.name!r}: its encoder is quantised ({key} is {dtype}); "
+                "only the language model of a checkpoint may be"
+            )
+
+
+def _plain_name(key: str) -> str:
+    path, _, name = key.rpartition(".")
+    return f"{path}.weight" if name in _QUANTISED_NAMES else key
 
 
 def _is_quantised(key: str, dtype: str) -> bool:

@@ -1,13 +1,13 @@
-"""The architectures this server encodes with, and what config.json alone says of them. Imports no torch."""
+"""The architectures with rules of their own, and what config.json alone says of them. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from encode_server.errors import StartupError
-from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
+from encode_server.models.checkpoint import Checkpoint, stored_tensors, weight_files
 from encode_server.wire.dtypes import FROM_SAFETENSORS
 from encode_server.wire.modality import Modality
 
@@ -112,18 +112,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
+def known(checkpoint: Checkpoint) -> Architecture | None:
+    """The architecture of a checkpoint, if it is one with rules of its own; `generic` judges all others."""
+    return ARCHITECTURES.get(checkpoint.model_type)
+
+
 def check_supported(checkpoint: Checkpoint) -> Architecture:
     """The architecture of a checkpoint.
 
     Raises:
-        StartupError: this server has no family for it; the message lists those it has.
+        StartupError: it has no rules of its own.
     """
-    architecture = ARCHITECTURES.get(checkpoint.model_type)
+    architecture = known(checkpoint)
     if architecture is None:
-        raise StartupError(
-            f"model {checkpoint.name!r}: model_type {checkpoint.model_type!r} is not supported; "
-            f"supported are {', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise StartupError(f"model {checkpoint.name!r}: model_type {checkpoint.model_type!r} has no rules of its own")
     return architecture
 
 
@@ -144,7 +146,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
     return Summary(
         modalities=architecture.modalities,
         heads=heads,
-        dtype=_dtype(checkpoint, architecture),
+        dtype=stored_dtype(checkpoint, [tower.path for tower in architecture.towers.values()]),
     )
 
 
@@ -170,13 +172,15 @@ def _at(checkpoint: Checkpoint, path: tuple[str, ...]) -> Mapping[str, Any]:
     return config
 
 
-def _dtype(checkpoint: Checkpoint, architecture: Architecture) -> str:
-    for path in [(), *(tower.path[:depth] for tower in architecture.towers.values() for depth in (1, 2))]:
+def stored_dtype(checkpoint: Checkpoint, paths: Iterable[tuple[str, ...]]) -> str:
+    """The dtype of a checkpoint's weights, in torch's name: as config.json says, at its top or on the way along
+    `paths`, or else as the first shard has it."""
+    for path in [(), *(path[:depth] for path in paths for depth in (1, 2))]:
         config = _at(checkpoint, path)
         named = config.get("dtype") or config.get("torch_dtype")
         if isinstance(named, str):
             return named.removeprefix("torch.")
-    for _, stored in tensor_dtypes(weight_files(checkpoint)[0]):
-        if stored in FROM_SAFETENSORS:
-            return FROM_SAFETENSORS[stored]
+    for stored in stored_tensors(weight_files(checkpoint)[0]).values():
+        if stored.dtype in FROM_SAFETENSORS:
+            return FROM_SAFETENSORS[stored.dtype]
     return "float32"

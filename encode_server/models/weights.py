@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from encode_server.errors import StartupError, first_line
-from encode_server.models.checkpoint import Checkpoint, tensor_dtypes, weight_files
+from encode_server.models.checkpoint import Checkpoint, stored_tensors, weight_files
 
 
 @contextmanager
-def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]) -> Iterator[dict[str, Any]]:
-    """Safetensors slices by their new name, for every key that `rename` does not answer with None.
+def selected_tensors(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """Safetensors slices of the encoder, by the name to load each by.
 
     A slice reads its bytes when transformers indexes it; tensors that are not selected are never touched, and a
     shard without selected tensors is not opened. Valid inside the block.
@@ -27,8 +27,10 @@ def selected_tensors(checkpoint: Checkpoint, rename: Callable[[str], str | None]
 
     selected: dict[str, Any] = {}
     with ExitStack() as opened:
-        for file in weight_files(checkpoint):
-            wanted = {key: name for key, _ in tensor_dtypes(file) if (name := rename(key)) is not None}
+        stored = {file: list(stored_tensors(file)) for file in weight_files(checkpoint)}
+        names = checkpoint.encoder_keys([key for keys in stored.values() for key in keys])
+        for file, keys in stored.items():
+            wanted = {key: names[key] for key in keys if key in names}
             if not wanted:
                 continue
             try:
@@ -48,7 +50,6 @@ def load_model(
     config: Any,
     checkpoint: Checkpoint,
     *,
-    rename: Callable[[str], str | None],
     required: Callable[[str], bool],
     dtype: torch.dtype,
 ) -> nn.Module:
@@ -59,7 +60,7 @@ def load_model(
     Raises:
         StartupError: encoder tensors are missing or have another shape than the configuration says.
     """
-    with selected_tensors(checkpoint, rename) as tensors, quiet():
+    with selected_tensors(checkpoint) as tensors, quiet():
         try:
             model, report = model_class.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
@@ -68,12 +69,16 @@ def load_model(
             raise StartupError(
                 f"model {checkpoint.name!r} does not match its config.json: {first_line(error)}"
             ) from error
-    missing = sorted(key for key in report["missing_keys"] if required(key))
-    if missing:
-        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-        raise StartupError(f"model {checkpoint.name!r} lacks {len(missing)} encoder tensors: {shown}")
+    missing_tensors(checkpoint, [key for key in report["missing_keys"] if required(key)])
     assert isinstance(model, nn.Module)
     return model.requires_grad_(False)
+
+
+def missing_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raise StartupError if there is any name among `names`, of tensors that the checkpoint lacks."""
+    if missing := sorted(names):
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise StartupError(f"model {checkpoint.name!r} lacks {len(missing)} encoder tensors: {shown}")
 
 
 @contextmanager

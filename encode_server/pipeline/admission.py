@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from encode_server.errors import TooBusy, TooLarge
 
+FIRST_BYTES = 1 << 20  # of a body, held at the door: what a header declares costs its sender nothing
 WAITING_S = 5.0  # how long a refused client is taken to be waiting for its next attempt
 RATE_WINDOW_S = 5.0  # over which the drain rate forgets
 
@@ -56,12 +58,45 @@ class _Waiter:
     ticket: asyncio.Future[Ticket] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
+@dataclass(eq=False)
+class _Grower:
+    """Bytes of a request that was admitted patiently, which wait for room."""
+
+    ticket: Ticket
+    nbytes: int
+    granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
 class Ticket:
     """One request's place, and what the request has been found to weigh so far."""
 
-    def __init__(self, admission: Admission, client: str, *, patient: bool) -> None:
+    def __init__(self, admission: Admission, client: str, number: int, *, patient: bool) -> None:
+        """`number`: grows from ticket to ticket."""
+        self.number = number
         self._admission, self.client, self._patient = admission, client, patient
         self.bytes = self.tokens = 0
+        self._ahead = 0  # bytes that are counted and have not arrived yet
+
+    async def grow(self, nbytes: int) -> None:
+        """Count bytes that arrive, before they are kept. One that was admitted patiently waits until there is room.
+        Otherwise raises as `weigh` does."""
+        ahead = min(self._ahead, nbytes)
+        self._ahead -= ahead
+        more = nbytes - ahead
+        if more and self._patient:
+            await self._admission.until_room(self, more)
+        else:
+            self.weigh(nbytes=more)
+
+    def reserve(self, nbytes: int) -> None:
+        """Count the first bytes of a body before they have arrived."""
+        self._ahead = nbytes
+        self.count(nbytes=nbytes, tokens=0)
+
+    def settle(self, nbytes: int) -> None:
+        """The body has arrived, and so much is kept of it."""
+        self._ahead = 0
+        self.count(nbytes=nbytes - self.bytes, tokens=0)
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
         """Count what is now known of the request: bytes received or fetched, encoder tokens to forward.
@@ -72,6 +107,8 @@ class Ticket:
         if nbytes > 0:
             self._admission.check_room(self, nbytes, refuse=not self._patient)
         self.count(nbytes=nbytes, tokens=tokens)
+        if nbytes < 0:
+            self._admission.open_door()
 
     def count(self, *, nbytes: int, tokens: int) -> None:
         """Count without asking."""
@@ -88,6 +125,8 @@ class Admission:
         self.held = Held()
         self._clients: dict[str, Held] = {}
         self._refused: dict[str, float] = {}  # clients that were, and when: for a while they count as waiting
+        self._numbers = itertools.count()
+        self._growing: list[_Grower] = []
         self._door: deque[_Waiter] = deque()  # who waits to be admitted, in the order of arrival
         self._rate = 0.0  # requests ended per second, decaying
         self._rated_at = time.monotonic()
@@ -114,7 +153,7 @@ class Admission:
         `wait_s` seconds."""
         waiter = _Waiter(client, declared_bytes)
         self._door.append(waiter)
-        self._open_door()
+        self.open_door()
         try:
             async with asyncio.timeout(wait_s):
                 await asyncio.wait((waiter.ticket,))
@@ -129,6 +168,7 @@ class Admission:
         finally:
             if waiter in self._door:
                 self._door.remove(waiter)
+                self.open_door()  # who waits behind may have waited for this one only
         with self._held(waiter.ticket.result()) as ticket:
             yield ticket
 
@@ -148,32 +188,50 @@ class Admission:
         most = self.limits.max_bytes
         if ticket.bytes + nbytes > most:
             raise TooLarge(f"the request holds more than {most >> 20} MiB of media")
-        if refuse and self.held.bytes + nbytes > most:
+        if not refuse:
+            return
+        if self.held.bytes + nbytes > most:
             self._forget_refused()
             self._refused[ticket.client] = time.monotonic()
             raise self._too_busy(_full_of_media(self.held.bytes, most))
+        mine = self._clients[ticket.client]
+        over = mine.bytes + nbytes > most * self.limits.client_share
+        if over and mine.requests > 1 and self.others(ticket.client):
+            raise self._too_busy(_full_share(f"{mine.bytes >> 20} MiB of media"))
 
-    @contextlib.contextmanager
-    def _held(self, ticket: Ticket) -> Iterator[Ticket]:
+    async def until_room(self, ticket: Ticket, nbytes: int) -> None:
+        """Count so many bytes more once there is room for them. Where every request in progress waits for room, none
+        will ever make any: the oldest goes on. Raises TooLarge as `check_room` does."""
+        self.check_room(ticket, nbytes, refuse=False)
+        if not self._growing and self._fits(nbytes):
+            ticket.count(nbytes=nbytes, tokens=0)
+            return
+        grower = _Grower(ticket, nbytes)
+        self._growing.append(grower)
+        self._let_grow()
         try:
-            yield ticket
+            await grower.granted
         finally:
-            self._leave(ticket)
+            if grower in self._growing:
+                self._growing.remove(grower)
 
-    def _enter(self, client: str, declared_bytes: int, *, patient: bool) -> Ticket:
-        ticket = Ticket(self, client, patient=patient)
-        self.count(client, requests=1)
-        # Held from now on: many that begin concurrently must not all find room.
-        ticket.count(nbytes=declared_bytes, tokens=0)
-        return ticket
+    def _fits(self, nbytes: int) -> bool:
+        return self.held.bytes + nbytes <= self.limits.max_bytes
 
-    def _leave(self, ticket: Ticket) -> None:
-        ticket.count(nbytes=-ticket.bytes, tokens=-ticket.tokens)
-        self.count(ticket.client, requests=-1)
-        self._rate = self._decayed() + 1 / RATE_WINDOW_S
-        self._open_door()
+    def _let_grow(self) -> None:
+        """Grant room to bodies that wait for it, the oldest first: one that was let through stays the oldest, and
+        comes to its end."""
+        stuck = len({grower.ticket for grower in self._growing}) >= self.held.requests
+        for grower in sorted(self._growing, key=lambda grower: grower.ticket.number):
+            if not stuck and not self._fits(grower.nbytes):
+                return
+            stuck = False
+            self._growing.remove(grower)
+            if not grower.granted.done():
+                grower.ticket.count(nbytes=grower.nbytes, tokens=0)
+                grower.granted.set_result(None)
 
-    def _open_door(self) -> None:
+    def open_door(self) -> None:
         """Admit who waits, as far as there is room."""
         for waiter in list(self._door):
             refusal = self._refusal(waiter.client, waiter.declared_bytes)
@@ -183,8 +241,30 @@ class Admission:
             elif refusal.full:
                 return
 
+    @contextlib.contextmanager
+    def _held(self, ticket: Ticket) -> Iterator[Ticket]:
+        try:
+            yield ticket
+        finally:
+            self._leave(ticket)
+
+    def _enter(self, client: str, declared_bytes: int, *, patient: bool) -> Ticket:
+        ticket = Ticket(self, client, next(self._numbers), patient=patient)
+        self.count(client, requests=1)
+        # Held from now on: many that begin concurrently must not all find room.
+        ticket.reserve(min(declared_bytes, FIRST_BYTES))
+        return ticket
+
+    def _leave(self, ticket: Ticket) -> None:
+        ticket.count(nbytes=-ticket.bytes, tokens=-ticket.tokens)
+        self.count(ticket.client, requests=-1)
+        self._rate = self._decayed() + 1 / RATE_WINDOW_S
+        self._let_grow()
+        self.open_door()
+
     def _refusal(self, client: str, declared_bytes: int) -> _Refusal | None:
         """Why this client cannot come in now."""
+        declared_bytes = min(declared_bytes, FIRST_BYTES)
         limits, all_held, mine = self.limits, self.held, self._clients.get(client, Held())
         if all_held.requests >= limits.max_requests:
             reason = f"{all_held.requests} requests are in progress, the limit is {limits.max_requests}"
@@ -194,7 +274,7 @@ class Admission:
         if all_held.tokens > limits.max_tokens:
             reason = f"{all_held.tokens} encoder tokens are in progress, the limit is {limits.max_tokens}"
             return _Refusal(reason, "tokens")
-        if mine.requests and self._others(client):
+        if mine.requests and self.others(client):
             share = limits.client_share
             for over, what in (
                 (mine.requests >= max(1, int(limits.max_requests * share)), f"{mine.requests} requests"),
@@ -202,11 +282,10 @@ class Admission:
                 (mine.tokens > limits.max_tokens * share, f"{mine.tokens} encoder tokens"),
             ):
                 if over:
-                    reason = f"this client has {what} in progress, its full share while others are active"
-                    return _Refusal(reason, "client_share")
+                    return _full_share(what)
         return None
 
-    def _others(self, client: str) -> bool:
+    def others(self, client: str) -> bool:
         """Whether anybody else has a request in progress, waits at the door, or has been refused lately."""
         self._forget_refused()
         waiting = (waiter.client for waiter in self._door)
@@ -230,5 +309,9 @@ class Admission:
         return self._rate
 
 
+def _full_share(what: str) -> _Refusal:
+    return _Refusal(f"this client has {what} in progress, its full share while others are active", "client_share")
+
+
 def _full_of_media(held: int, most: int) -> _Refusal:
-    return _Refusal(f"{held >> 20} MiB of media are in progress, the limit is {most >> 20} MiB", "media")
+    return _Refusal(f"{held >> 20} MiB of media are in progress, the limit is {most >> 20} MiB", "bytes")

@@ -6,7 +6,6 @@ Nothing waits for a timer: when no batch waits in the ranks' sockets, what is qu
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections import deque
@@ -66,6 +65,7 @@ class Batcher:
         self._alone = False  # the batch in flight must be the only one
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
+        self._expected: dict[asyncio.Task[None], tuple[float, float]] = {}  # when a batch was sent, seconds it takes
         self._closed: str | None = None  # why nothing is forwarded any more
 
     @property
@@ -90,13 +90,23 @@ class Batcher:
 
     @property
     def backlog_s(self) -> float:
-        """Seconds that the ranks should need for what waits for a batch, by the speed of their last forwards."""
-        costs = dict.fromkeys(self._costs, 0)
-        for piece in itertools.chain(self._queue, *self._retries):
-            costs[piece.job.modality] += self._cost(piece)
-        speeds = {modality: cost.patches_per_second for modality, cost in self._costs.items()}
-        seconds = sum(cost / speeds[modality] for modality, cost in costs.items() if speeds[modality])
+        """Seconds until the ranks have executed what is queued and in flight, as far as costs have been learnt."""
+        seconds = sum(expected for _, expected in self._expected.values())
+        if self._expected:
+            sent_at, expected = next(iter(self._expected.values()))
+            seconds -= min(expected, time.monotonic() - sent_at)
+        for modality, work in self._queue.work.items():
+            if work.patches:
+                seconds += self._costs[modality].seconds(work.patches, work.pairs) or 0.0
+        for batch in self._retries:
+            seconds += self._seconds(batch)
         return seconds / self._side_by_side
+
+    @property
+    def capacity(self) -> float | None:
+        """Patches that the ranks execute in a second, of the modality that costs most; None before that is learnt."""
+        rates = [rate for cost in self._costs.values() if (rate := cost.patches_per_s) is not None]
+        return min(rates) * self._side_by_side if rates else None
 
     def budget(self, modality: Modality) -> int:
         """Encoder tokens of one batch, at present."""
@@ -146,10 +156,12 @@ class Batcher:
             piece.job.began(piece)
         task = asyncio.create_task(self._forward(batch))
         self._running[task] = not all(piece.job.reserved for piece in batch)
+        self._expected[task] = time.monotonic(), self._seconds(batch)
         task.add_done_callback(self._on_end)
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
+        self._expected.pop(task, None)
         self._wake.set()
 
     @property
@@ -193,6 +205,11 @@ class Batcher:
     def _cost(self, piece: Piece) -> int:
         """What the piece takes of a budget."""
         return self._costs[piece.job.modality].of(piece.cost, piece.pairs)
+
+    def _seconds(self, batch: list[Piece]) -> float:
+        """How long a forward of the batch should take; 0 before that is learnt."""
+        patches, pairs = sum(piece.cost for piece in batch), sum(piece.pairs for piece in batch)
+        return self._costs[batch[0].job.modality].seconds(patches, pairs) or 0.0
 
     def _is_live(self, job: Job) -> bool:
         """Whether the job is to be forwarded; a job whose time is up ends here, one whose caller has gone already

@@ -83,6 +83,7 @@ class EmbeddingCache:
             return item
         finally:
             del self._flights[key]
+            del flight  # the error's traceback has this frame, and the flight has the error: a cycle
 
     def _keep(self, key: CacheKey, item: EncodedItem) -> None:
         size = item.data.nbytes + ENTRY_OVERHEAD

@@ -26,6 +26,7 @@ class ForwardCost:
         self._seconds: tuple[float, float, float] | None = None  # fixed, for a patch, for a pair
         self._seen: deque[tuple[int, int, float]] = deque(maxlen=REMEMBERED_BATCHES)
         self._new = 0
+        self._rate: float | None = None
 
     def of(self, patches: int, pairs: int) -> int:
         """The cost of a piece of work, in patches."""
@@ -39,10 +40,10 @@ class ForwardCost:
         return max(0.0, fixed + per_patch * patches + per_pair * pairs)
 
     @property
-    def patches_per_second(self) -> float:
-        """The cost that the last batches got done in a second of a forward, fixed part included; 0 before the first."""
-        seconds = sum(seconds for _, _, seconds in self._seen)
-        return sum(self.of(patches, pairs) for patches, pairs, _ in self._seen) / seconds if seconds else 0.0
+    def patches_per_s(self) -> float | None:
+        """Patches that a second more of a forward executes, the fixed cost of a batch apart: that cost would make a
+        device look slow whose batches happen to be small. None before batches of unlike sizes have been seen."""
+        return self._rate
 
     def observe(self, patches: int, pairs: int, seconds: float) -> None:
         """A batch of so many patches and pairs took so long."""
@@ -65,6 +66,9 @@ class ForwardCost:
         solution[told] = fitted / scale[told]
         fixed, per_patch, per_pair = (float(value) for value in solution)
         self._seconds = (fixed, per_patch, per_pair)
+        marginal = float((per_patch * patches + per_pair * pairs).sum() / patches.sum())
+        apart = singular[-1] >= LEAST_SINGULAR * singular[0]
+        self._rate = 1 / marginal if apart and marginal > 0 else None
         if not told.all() or singular[-1] < LEAST_SINGULAR * singular[0] or per_patch <= 0:
             return
         self.patches_per_pair = float(np.clip(per_pair / per_patch, 0.0, MOST_PATCHES_PER_PAIR))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from encode_server.pipeline.jobs import Job, Piece
+from encode_server.pipeline.jobs import Job, Piece, Work
 from encode_server.wire.modality import Modality
 
 _Entry = tuple[Job, deque[Piece]]
@@ -22,6 +22,7 @@ class FairQueue:
         """`cost`: what a piece takes of a batch's budget."""
         self._cost = cost
         self._lanes: OrderedDict[_Lane, deque[_Entry]] = OrderedDict()  # in the order of their turns; none is empty
+        self.work: dict[Modality, Work] = {}  # of all pieces queued
 
     def __len__(self) -> int:
         return sum(len(pieces) for lane in self._lanes.values() for _, pieces in lane)
@@ -32,6 +33,7 @@ class FairQueue:
         self._lanes.setdefault(key, deque()).append((job, deque(job.pieces)))
         if job.reserved:
             self._lanes.move_to_end(key, last=False)
+        self._count(job, job.pieces, 1)
 
     def take(self, budgets: Mapping[Modality, int], is_live: Callable[[Job], bool]) -> list[Piece]:
         """A batch: pieces of the modality whose turn it is, up to its budget, and at least one piece if there is any.
@@ -54,31 +56,38 @@ class FairQueue:
                 if batch and total + cost > budgets[job.modality]:
                     return batch
                 total += cost
-                batch.append(pieces.popleft())
+                piece = pieces.popleft()
+                self._count(job, (piece,), -1)
+                batch.append(piece)
                 self._rotate(key)
                 served = True
             if not served:
                 return batch
 
-    def __iter__(self) -> Iterator[Piece]:
-        """What is queued, in no order that means anything."""
-        return (piece for lane in self._lanes.values() for _, pieces in lane for piece in pieces)
-
     def drain(self) -> list[Job]:
         """Everything queued, taken out."""
         jobs = [job for lane in self._lanes.values() for job, _ in lane]
         self._lanes.clear()
+        self.work.clear()
         return jobs
 
     def _head(self, key: _Lane, is_live: Callable[[Job], bool]) -> _Entry | None:
         """The first live item of a lane, or None after removing the lane."""
         lane = self._lanes[key]
         while lane:
-            if is_live(lane[0][0]):
+            job, pieces = lane[0]
+            if is_live(job):
                 return lane[0]
+            self._count(job, pieces, -1)
             lane.popleft()
         del self._lanes[key]
         return None
+
+    def _count(self, job: Job, pieces: Iterable[Piece], sign: int) -> None:
+        work = self.work.setdefault(job.modality, Work())
+        for piece in pieces:
+            work.patches += sign * piece.cost
+            work.pairs += sign * piece.pairs
 
     def _rotate(self, key: _Lane) -> None:
         """A lane has been served: its item gives way to the lane's next, the lane to the other lanes."""

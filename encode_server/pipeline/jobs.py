@@ -16,6 +16,14 @@ from encode_server.wire.preparers import PreparedItem
 from encode_server.wire.ranks import ItemRef, TensorRef
 
 
+@dataclass
+class Work:
+    """An amount of work for the ranks, see `models.prepared.Prepared`."""
+
+    patches: int = 0
+    pairs: int = 0
+
+
 @dataclass(eq=False)
 class Piece:
     """What goes into a batch: an item, or a part of a large one. `cost` and `pairs`: see `models.prepared.Prepared`.

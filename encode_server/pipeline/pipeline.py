@@ -21,7 +21,7 @@ from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing, recorded_context
-from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.wire.embedding import Encoded, EncodedItem, embedding_bytes
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
@@ -126,19 +126,21 @@ class Pipeline:
         clock.lap("fetch")
         digest = await run_sized(self._pools.work, Pace.HASH, len(media), _digest, media)
         if item.content_hash is not None and item.content_hash.lower() != digest:
-            raise BadRequest(f"content_hash is {item.content_hash!r}, the media's is {digest!r}")
+            # The true digest would tell whoever cannot read the media what they are.
+            raise BadRequest("content_hash is not that of the media")
         if route.cache is None:
             return await self._compute(request, route, item, media, digest)
         key = CacheKey(request.modality, digest, item.options)
         kept, cached = await route.cache.get(key, lambda: self._compute(request, route, item, media, digest))
-        return replace(kept, info=msgspec.structs.replace(kept.info, cached=True)) if cached else kept
+        if not cached:
+            return kept
+        request.share(kept.data)
+        return replace(kept, info=msgspec.structs.replace(kept.info, cached=True))
 
     async def _fetch(self, request: EncodeRequest, item: MediaItem) -> bytes:
         if isinstance(item.source, bytes):
             return item.source
-        media = await self._source.fetch(item.source)
-        request.weigh(nbytes=max(0, len(media) - len(item.source)))
-        return media
+        return await self._source.fetch(item.source, request.grow, request.client)
 
     async def _compute(
         self, request: EncodeRequest, route: Route, item: MediaItem, media: bytes, digest: str
@@ -150,7 +152,13 @@ class Pipeline:
         job = Job(self._arena, request.modality, request.deadline, client=request.client, reserved=route.express)
         if route.tracing is not None:
             job.trace = recorded_context()
-        weighed = 0
+        weighed = expected = 0
+
+        def expect(nbytes: int) -> None:
+            nonlocal expected
+            if nbytes > expected:  # an item that is prepared again comes here again
+                request.expect(nbytes - expected)
+                expected = nbytes
 
         async def room(prepared: PreparedItem) -> int:
             nonlocal weighed
@@ -159,6 +167,7 @@ class Pipeline:
                 raise TooLarge(f"it has {prepared.cost} patches or frames, at most {self._max_item_tokens} are encoded")
             request.weigh(tokens=prepared.cost - weighed)
             weighed = prepared.cost
+            expect(embedding_bytes(prepared.tokens, dim, info.dtype))
             return await job.acquire(prepared, dim, info.dtype)
 
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from encode_server.errors import TooLarge
 from encode_server.pipeline.admission import Ticket
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
@@ -31,7 +32,8 @@ class MediaItem:
 @dataclass
 class EncodeRequest:
     """A request in progress. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line.
-    `ticket`: the request's place in the admission, which a health probe does not take."""
+    `ticket`: the request's place in the admission, which a health probe does not take. `max_embedding_bytes`: of all
+    its items together."""
 
     req_id: str
     modality: Modality
@@ -39,10 +41,18 @@ class EncodeRequest:
     deadline: float
     ticket: Ticket | None = None
     stages: dict[str, float] = field(default_factory=dict)
+    max_embedding_bytes: int | None = None
+    _embedding_bytes: int = 0
+    _embeddings: set[int] = field(default_factory=set)
 
     def spent(self, stage: str, seconds: float) -> None:
         """Note a stage's time; items run concurrently, so the longest counts."""
         self.stages[stage] = max(self.stages.get(stage, 0.0), seconds)
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Encoder tokens that this request has cost so far: what the cache had cost nothing."""
+        return self.ticket.tokens if self.ticket else 0
 
     @property
     def client(self) -> str:
@@ -53,6 +63,33 @@ class EncodeRequest:
         """Count what is now known of the request, see `Ticket.weigh`."""
         if self.ticket:
             self.ticket.weigh(nbytes=nbytes, tokens=tokens)
+
+    async def grow(self, nbytes: int) -> None:
+        """Count bytes that arrive, before they are kept, see `Ticket.grow`."""
+        if self.ticket:
+            await self.ticket.grow(nbytes)
+
+    def expect(self, nbytes: int) -> None:
+        """Count an item's embedding before the item is encoded. Raises TooLarge beyond the request's bound, and as
+        `weigh` does: the embedding will lie on the heap until all items are delivered."""
+        self._count_embedding(nbytes)
+        self.weigh(nbytes=nbytes)
+
+    def share(self, embedding: memoryview) -> None:
+        """Count an item's embedding that was encoded already. Its memory counts once, however many items have it: the
+        cache may drop it meanwhile. Raises as `expect` does."""
+        self._count_embedding(embedding.nbytes)
+        if id(embedding) not in self._embeddings:
+            self._embeddings.add(id(embedding))
+            self.weigh(nbytes=embedding.nbytes)
+
+    def _count_embedding(self, nbytes: int) -> None:
+        self._embedding_bytes += nbytes
+        most = self.max_embedding_bytes
+        if most is not None and self._embedding_bytes > most:
+            raise TooLarge(
+                f"the request's embeddings are larger than {most >> 20} MiB: send its items in several requests"
+            )
 
     @property
     def remaining_s(self) -> float:

@@ -2,7 +2,7 @@
 
 The decoders are C code on hostile input. Here that code can neither write files, nor leave a core dump, nor take more
 memory than its bound, nor fill the server's log. Not confined: which files the process may read, and the network; that
-takes a container's seccomp profile or a network policy (see the README).
+takes a container's seccomp profile or a network policy (see docs/security.md).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from encode_server.runtime.progress import active_seconds
 from encode_server.wire import preparers as m
 
 log = logging.getLogger(__name__)
+LOOK_S = 1.0  # an item that ends sooner is not looked at closely: /proc is not read for it
 
 
 class Stage(StrEnum):
@@ -45,6 +46,7 @@ class PreparingJob:
     context: Context = field(default_factory=copy_context)  # of the request, for what is logged about the item
     held: int = 0  # bytes of its tensors that wait in the process for room
     process: PreparerProcess | None = None
+    forgotten: bool = False  # the caller has gone
     step: asyncio.Future[m.PreparedItem | None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -67,7 +69,8 @@ class PreparingJob:
 
 @dataclass(eq=False)
 class PreparerProcess:
-    """A process and the items that it works on or holds. `stalled`: killed by this room, so no item is to blame."""
+    """A process and the items that it works on or holds. `stalled`: killed by this room, for a copy that did not end,
+    so no item is to blame. `hung`: killed by this room, for standing still."""
 
     index: int
     peer: Peer
@@ -76,6 +79,7 @@ class PreparerProcess:
     prepared_any: bool = False
     failure: str = ""
     stalled: bool = False
+    hung: bool = False
     overtime: bool = False  # killed because an item took too long
     active_s: float = 0.0
     active_at: float = 0.0
@@ -85,12 +89,7 @@ class PreparerProcess:
         """Why the process ended, in one word, for counting: see `telemetry.metrics.PREPARER_CAUSES`."""
         if self.overtime:
             return "overtime"
-        return "hang" if self.stalled else "failed" if self.failure else "died"
-
-    @property
-    def busy(self) -> bool:
-        """Whether the process has something to do."""
-        return any(job.stage in (Stage.PREPARING, Stage.PLACING) for job in self.jobs.values())
+        return "hang" if self.stalled or self.hung else "failed" if self.failure else "died"
 
     @property
     def preparing(self) -> list[PreparingJob]:
@@ -110,10 +109,25 @@ class PreparerProcess:
     def still_s(self, now: float) -> float:
         """For how many seconds the process has neither run nor waited for a core although it is busy. 0 where the
         kernel does not say."""
-        if not self.busy or self.peer.pid is None:
+        began = [job.began for job in self.jobs.values() if job.stage in (Stage.PREPARING, Stage.PLACING)]
+        if self.peer.pid is None or not began or now - min(began) < LOOK_S:
             self.active_at = now
             return 0.0
         active = active_seconds(self.peer.pid)
         if active != self.active_s or not active:
             self.active_s, self.active_at = active, now
         return now - self.active_at
+
+
+@dataclass(eq=False)
+class AskedPickle:
+    """A `Pickle` that was sent to a process."""
+
+    process: PreparerProcess
+    answer: asyncio.Future[m.Pickled] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # the caller may be gone

@@ -19,8 +19,9 @@ import msgspec
 import zmq
 
 from encode_server.errors import BadMedia, EncodeError, NotReady, StartupError, TooLarge, by_code
-from encode_server.prepare.jobs import PreparerProcess, PreparingJob, ProcessLost, Stage
+from encode_server.prepare.jobs import AskedPickle, PreparerProcess, PreparingJob, ProcessLost, Stage
 from encode_server.prepare.queue import PreparingQueue
+from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost
 from encode_server.runtime.peer import Peer
 from encode_server.telemetry.metrics import Metrics
@@ -36,7 +37,8 @@ MAX_HELD = 512 << 20  # bytes of tensors that wait in the preparers for room in 
 OVERTIME = 1.5  # times `decode_s`: the decoders check the time themselves where they can; beyond this nothing checked
 PLACE_S = 30.0  # longest time for copying tensors into the arena
 IDLE_S = 3.0  # a process that works on an item and has neither run nor waited for a core for so long is stopped
-WATCH_S = 0.25
+WATCH_S = 0.5
+ITEM_WEIGHT = 0.05  # of one item in the mean of the items' processor time
 MAX_BARREN = 5  # processes in a row that ended before they could prepare anything
 SIGKILL_DEATHS, OTHER_DEATHS = 3, 2  # of processes, until an item that was alone in the last one is to blame
 
@@ -63,8 +65,10 @@ class Preparers:
         self._numbers = itertools.count(1)
         self._processes: dict[int, PreparerProcess] = {}
         self._queue = PreparingQueue(spec.threads * spec.processes)
-        self._pickles: dict[int, tuple[m.Pickle, asyncio.Future[m.Pickled]]] = {}
+        self._pickles: dict[int, AskedPickle] = {}
         self._held_bytes = 0
+        self._cores = usable_cores()
+        self._item_s = 0.0  # processor time of an item, on average
         self._turn = 0
         self._ready = asyncio.Event()
         self._closed: str | None = None
@@ -80,6 +84,11 @@ class Preparers:
         return states
 
     @property
+    def pids(self) -> list[int | None]:
+        """Per process, None while it is being started."""
+        return [p.peer.pid if (p := self._processes.get(index)) else None for index in range(self._spec.processes)]
+
+    @property
     def queued(self) -> int:
         """Items that wait for a thread."""
         return len(self._queue)
@@ -93,6 +102,11 @@ class Preparers:
     def threads_busy(self) -> int:
         """Items that are being prepared, health probes aside."""
         return sum(len(process.shared) for process in self._processes.values())
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds until what waits for a thread has been prepared, by the time that items have taken so far."""
+        return len(self._queue) * self._item_s / min(self.threads, self._cores)
 
     def oldest_s(self) -> float | None:
         """How long the longest preparation in progress has taken, health probes aside; None when there is none."""
@@ -114,9 +128,22 @@ class Preparers:
             raise StartupError(str(errors.exceptions[0])) from None
         finally:
             self._closed = "the server is stopping"
-            for job in self._queue.drain():
-                job.fail(NotReady(self._closed))
-            self._context.destroy(linger=0)
+            await self._close(NotReady(self._closed))
+
+    async def _close(self, error: NotReady) -> None:
+        """End the processes, then everything that was asked of them: by then no process writes into the arena."""
+        processes = list(self._processes.values())
+        self._processes.clear()
+        self._ready.clear()
+        await asyncio.gather(*(process.peer.close() for process in processes))
+        jobs = [job for process in processes for job in process.jobs.values()]
+        for job in (*jobs, *self._queue.drain()):
+            job.process = None
+            job.fail(error)
+        for asked in self._pickles.values():
+            asked.fail(error)
+        self._ready.set()  # who waits for a process sees that none will come
+        self._context.destroy(linger=0)
 
     async def prepare(
         self,
@@ -154,16 +181,25 @@ class Preparers:
     async def pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> m.Pickled:
         """The pickle programs of torch objects, see `wire.preparers.Pickle`."""
         number = next(self._numbers)
-        future: asyncio.Future[m.Pickled] = asyncio.get_running_loop().create_future()
-        self._pickles[number] = (m.Pickle(number, dtype, grid, seconds), future)
+        command = m.Pickle(number, dtype, grid, seconds)
         try:
-            while not self._workers():
-                await self._ready.wait()
-            process = min(self._workers(), key=lambda process: len(process.jobs))
-            process.peer.link.send(m.encode(self._pickles[number][0]))
-            return await future
+            while True:
+                await self._until_workers()
+                asked = self._pickles[number] = AskedPickle(min(self._workers(), key=lambda process: len(process.jobs)))
+                asked.process.peer.link.send(m.encode(command))
+                try:
+                    return await asked.answer
+                except ProcessLost:
+                    continue
         finally:
-            del self._pickles[number]
+            self._pickles.pop(number, None)
+
+    async def _until_workers(self) -> None:
+        """Return once a process can work. Raises NotReady when none will again."""
+        while not self._workers():
+            if self._closed is not None:
+                raise NotReady(self._closed)
+            await self._ready.wait()
 
     async def _until_held(self, job: PreparingJob) -> m.PreparedItem:
         if self._closed is not None:
@@ -171,8 +207,7 @@ class Preparers:
         step = job.next_step()
         job.stage, job.process = Stage.QUEUED, None
         if job.command.express:
-            while not self._workers():
-                await self._ready.wait()
+            await self._until_workers()
             self._begin(job, self._for_express())
         else:
             self._queue.put(job)
@@ -205,6 +240,7 @@ class Preparers:
         process = job.process
         if process is None or job.number not in process.jobs:
             return
+        job.forgotten = True
         process.peer.link.send(m.encode(m.Drop(job.number)))
         if job.stage is Stage.HELD:
             self._end(job)
@@ -273,8 +309,12 @@ class Preparers:
                 code = await process.peer.exited
             finally:
                 await process.peer.close()
+            blamed = bool(process.shared)
             self._on_exit(process, code)
-            barren = 0 if process.prepared_any else barren + 1
+            if process.prepared_any:
+                barren = 0
+            elif not blamed:  # or a few items that crash their decoders would end the server
+                barren += 1
             if process.failure and barren:
                 raise StartupError(process.failure)
             if barren > MAX_BARREN:
@@ -318,8 +358,8 @@ class Preparers:
             case m.Failed(message):
                 process.failure = message
             case m.Pickled(number):
-                if (asked := self._pickles.get(number)) is not None and not asked[1].done():
-                    asked[1].set_result(event)
+                if (asked := self._pickles.get(number)) is not None and not asked.answer.done():
+                    asked.answer.set_result(event)
             case m.Waiting(number):
                 process.jobs[number].began = math.inf
             case m.Began(number):
@@ -328,7 +368,11 @@ class Preparers:
                 process.prepared_any = True
                 self._metrics.spend("decode", decode_s)
                 self._metrics.spend("preprocess", preprocess_s)
+                self._item_s += (decode_s + preprocess_s - self._item_s) * (ITEM_WEIGHT if self._item_s else 1.0)
                 job = process.jobs[number]
+                if job.forgotten:  # prepared before the preparer read that nobody wants the item
+                    self._end(job)
+                    return
                 job.stage = Stage.HELD
                 self._hold(job, item.nbytes)
                 if not job.step.done():
@@ -368,9 +412,9 @@ class Preparers:
             self._hold(job, 0)
             job.process = None
             job.fail(self._verdict(job, suspects, process, code) or ProcessLost())
-        for command, future in self._pickles.values():
-            if not future.done() and (workers := self._workers()):
-                workers[0].peer.link.send(m.encode(command))
+        for asked in self._pickles.values():
+            if asked.process is process:
+                asked.fail(ProcessLost())
         self._dispatch()
 
     def _verdict(
@@ -385,7 +429,7 @@ class Preparers:
         needed = SIGKILL_DEATHS if code == -signal.SIGKILL else OTHER_DEATHS
         if job.alone and job.deaths >= needed:
             job.log(logging.WARNING, "an item ended %d preparers (%s): refusing it", job.deaths, _how(code))
-            return BadMedia("its decoder crashed")
+            return BadMedia("its decoder hangs" if process.hung else "its decoder crashed")
         job.alone = True
         return None
 
@@ -408,7 +452,7 @@ class Preparers:
                 job.log(logging.ERROR, "preparer %d has been %s one item for %.0f s", process.index, job.stage, age)
                 process.peer.kill()
         if process.still_s(now) > IDLE_S:
-            process.stalled = True
+            process.hung = True
             log.error("preparer %d stands still", process.index)
             process.peer.kill()
 

@@ -68,6 +68,8 @@ class Worker:
         self._memory = DecodeMemory(setup.memory_bytes)
         self._pool = ThreadPoolExecutor(setup.threads, "prepare")
         self._express = ThreadPoolExecutor(1, "express")
+        # Not on `_pool`: the front waits for each copy, and would wait for the decoders ahead of it, too.
+        self._copies = ThreadPoolExecutor(1, "copy")
         self._lock = Lock()
         self._started: dict[int, Future[None]] = {}
         self._held: dict[int, list[torch.Tensor]] = {}
@@ -86,7 +88,7 @@ class Worker:
                     if sum(map(_nbytes, tensors)) <= SMALL_COPY:
                         self._place(job, tensors, offset)
                     else:
-                        self._pool.submit(self._place, job, tensors, offset)
+                        self._copies.submit(self._place, job, tensors, offset)
                 case m.Drop(job):
                     self._drop(job)
                 case m.Pickle() as command:
@@ -105,7 +107,7 @@ class Worker:
         try:
             with self._charged(command, media):
                 prepared = self._preprocessor.prepare(command.modality, media, command.options, on_decoded)
-            item, tensors = _described(prepared, self._preprocessor.split(prepared, command.max_cost))
+            item, tensors = described(prepared, self._preprocessor.split(prepared, command.max_cost))
         except EncodeError as error:
             code, message = error.code, error.message
             out_of_memory = _is_memory(error.__cause__)
@@ -159,7 +161,7 @@ class Worker:
         self._channel.post(m.encode(m.Placed(job, time.thread_time() - started)))
 
 
-def _described(prepared: Prepared, pieces: Sequence[Prepared]) -> tuple[m.PreparedItem, list[torch.Tensor]]:
+def described(prepared: Prepared, pieces: Sequence[Prepared]) -> tuple[m.PreparedItem, list[torch.Tensor]]:
     """What the front is told of an item, and the item's tensors in the order in which they will lie in the arena."""
     described, tensors, offset = [], [], 0
     for piece in pieces:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
+from urllib.parse import unquote
 
 import msgspec
 from fastapi import FastAPI
@@ -14,45 +15,95 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server import __version__
-from encode_server.client import ClientError, EncoderPool, EncodeServerError
-from encode_server.errors import EncodeError
-from encode_server.route.chat import media_parts, name_parts, renames
+from encode_server.client import ClientError, EncoderPool, EncodeServerError, Item, Modality
+from encode_server.delivery.destinations import DestinationPolicy
+from encode_server.delivery.sglang.announcer import Announcer, advertised_host
+from encode_server.errors import BadRequest, EncodeError, NoRoute
+from encode_server.pipeline.admission import Admission, AdmissionLimits
+from encode_server.route.chat import media_items, media_parts, name_parts, renames
 from encode_server.route.engine import Engine, error_response
+from encode_server.route.fleet import Fleet
 from encode_server.route.options import RouteOptions
-from encode_server.runtime.bodies import from_json, read_all
+from encode_server.route.sglang import SGLangFace
+from encode_server.route.telemetry import Observed, RouteMetrics
+from encode_server.runtime.bodies import declared_length, from_json, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.service.keys import ApiKeys
 from encode_server.telemetry.request_ids import RequestIds
+from encode_server.wire.names import PUSHED_PREFIX
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+MAX_ENCODED = 4  # layers of percent signs
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+LINGER_S = 1.0  # a prefill that has just read the list of encoders still sends a part here
 SMALL_BODY = 64 << 10  # decoded on the loop: less work than a change of threads
 
 
 class Router:
-    """Encoders on one side, the engine on the other."""
+    """Encoders on one side, the engine on the other. `port`: the listening port, set by whoever binds the socket."""
 
     def __init__(self, options: RouteOptions) -> None:
         self._options = options
-        self._engine = Engine(options.engine_url)
+        self.port = options.port
+        self.metrics = RouteMetrics()
+        self._engine = Engine(options.engine_url) if options.engine_url else None
+        limits = AdmissionLimits(options.max_requests, options.max_inflight_mb << 20, 1, options.client_share)
+        self._admission = Admission(limits)
         self._encoders = EncoderPool(
             options.encoder_url,
             choice=options.choice,
             api_key=options.encoder_api_key,
-            timeout=options.timeout_s,
+            timeout=options.encode_timeout_s,
         )
+        members = self._encoders.members
+        self.fleet = Fleet(members, options.encoder_url, options.encoder_dns, DestinationPolicy(options.register_allow))
+        self.sglang = None
+        if options.protocol == "sglang":
+            self.sglang = SGLangFace(
+                members,
+                self.fleet,
+                self.metrics,
+                timeout_s=options.encode_timeout_s,
+                max_body_bytes=options.max_body_mb << 20,
+                max_waiting_bytes=options.max_waiting_mb << 20,
+            )
+        self._keys = ApiKeys(options.api_keys)
+        self._announcer = Announcer(
+            options.register_url,
+            "https" if options.ssl_certfile else "http",
+            advertised_host(options.advertise_host, options.host),
+            self._any_well,
+        )
+        self._draining = False
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Probe the encoders meanwhile; close the connections after it."""
-        try:
-            async with self._encoders:
-                yield
-        finally:
-            await self._engine.aclose()
+        """Probe and look for encoders meanwhile; close the connections after it."""
+        async with contextlib.AsyncExitStack() as stack:
+            if self._engine is not None:
+                stack.push_async_callback(self._engine.aclose)
+            if self.sglang is not None:
+                stack.callback(self.sglang.close)
+            await stack.enter_async_context(self._encoders)
+            finder = asyncio.create_task(self.fleet.run())
+            stack.callback(finder.cancel)
+            stack.push_async_callback(self._announcer.aclose)
+            self._announcer.start(self._options.advertise_port or self.port)
+            yield
+
+    async def drain(self) -> None:
+        """Withdraw what brings requests here; those that come all the same are still taken for a moment."""
+        self._draining = True
+        await self._announcer.withdraw()
+        if self.sglang is not None:
+            await asyncio.sleep(LINGER_S)
+
+    def _any_well(self) -> bool:
+        return any(state.healthy for state in self._encoders.encoders)
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
@@ -60,28 +111,64 @@ class Router:
 
     async def other(self, request: Request) -> Response:
         """Any other request, unchanged."""
-        # It comes decoded, and would be resolved to a path outside /v1/ on its way.
-        if {".", ".."} & set(request.scope["path"].split("/")):
-            return error_response(400, "the path holds . or ..")
         return await self._answered(request, encode=False)
 
     async def health(self) -> Response:
-        """200 when the engine and at least one encoder are well."""
-        encoders = {state.url: state.healthy for state in self._encoders.encoders}
-        engine = await self._engine.healthy()
-        document = {"engine": engine, "encoders": encoders}
-        status = 200 if engine and any(encoders.values()) else 503
+        """200 when the engine and at least one encoder are well. SGLang's bootstrap is told 200 in any case: parts wait
+        here for an encoder, while a prefill that knows no encoder fails every chat."""
+        document = await self._state()
+        well = document["engine"] is not False and any(document["encoders"].values())
+        status = 200 if well or self.sglang is not None else 503
         return Response(msgspec.json.encode(document), status, media_type="application/json")
+
+    async def live(self) -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "alive", "version": __version__}
+
+    async def ready(self) -> Response:
+        """200 when requests should come here."""
+        document = await self._state()
+        reason = None
+        if self._draining:
+            reason = "the proxy is stopping"
+        elif not any(document["encoders"].values()):
+            reason = "no encoder is well"
+        elif document["engine"] is False:
+            reason = "the engine is not well"
+        document |= {"status": "not ready" if reason else "ready", "reason": reason}
+        return Response(msgspec.json.encode(document), 503 if reason else 200, media_type="application/json")
+
+    async def show_metrics(self) -> Response:
+        """Prometheus metrics."""
+        if self.sglang is not None:
+            self.metrics.held_bytes.set(self.sglang.held.bytes)
+        text = self.metrics.render(self._encoders.members.all)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _state(self) -> dict[str, Any]:
+        """`engine`: whether it is well, None where there is none."""
+        engine = None if self._engine is None else await self._engine.healthy()
+        return {"engine": engine, "encoders": {state.url: state.healthy for state in self._encoders.encoders}}
 
     async def _answered(self, request: Request, encode: bool) -> Response:
         try:
-            content = bytes(await read_all(request, self._options.max_body_mb << 20))
-            async with until_caller_goes(request):
-                if encode:
-                    content = await self._encoded(content)
-                return await self._engine.forward(
-                    request.method, request.url.path, request.url.query, request.headers, content
-                )
+            self._keys.client(request)
+            if self._engine is None:
+                raise NoRoute("this proxy has no engine: it was started without --engine-url", 404, None)
+            target = _target(request)
+            client = request.client.host if request.client else ""
+            with self._admission.admit(client, declared_length(request)) as ticket:
+                # Who the engine does not know must cost neither memory here nor work of the encoders.
+                if encode and (refusal := await self._engine.refusal(request.headers)) is not None:
+                    return refusal
+                options = self._options
+                raw = await read_all(request, options.max_body_mb << 20, options.least_rate_kb << 10, ticket.grow)
+                content = bytes(raw)
+                del raw
+                async with until_caller_goes(request):
+                    if encode:
+                        content = await self._encoded(content)
+                    return await self._engine.forward(request.method, target, request.headers, content)
         except CallerGone:
             return Response(status_code=CALLER_GONE)
         except EncodeError as error:
@@ -100,17 +187,31 @@ class Router:
         parts = media_parts(body)
         if not parts:
             return content
-        if renames(body):
+        if self.sglang is None and renames(body):
             log.warning("mm_processor_kwargs or media_io_kwargs given: the engine encodes this request's media itself")
             return content
-        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_fps)
+        if self.sglang is not None:
+            await self._each(media_items(parts), self._encoders.warm)
+            return content
+        prefix = PUSHED_PREFIX if self._options.engine_receives else ""
+        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_fps, prefix)
+        await self._each(named, self._push if self._options.engine_receives else self._encoders.store)
+        return await _maybe_threaded(len(content), msgspec.json.encode, body)
+
+    async def _push(self, items: list[Item], modality: Modality) -> None:
+        host, _, port = (self._options.engine_receives or "").rpartition(":")
+        await self._encoders.hand_over(items, modality, prefill_host=host.strip("[]"), embedding_port=int(port))
+
+    async def _each(
+        self, items: dict[Modality, list[Item]], encode: Callable[[list[Item], Modality], Awaitable[object]]
+    ) -> None:
+        """Have the items of each modality encoded, concurrently. Raises the first failure."""
         try:
             async with asyncio.TaskGroup() as group:
-                for modality, items in named.items():
-                    group.create_task(self._encoders.store(items, modality))
+                for modality, some in items.items():
+                    group.create_task(_awaited(encode(some, modality)))
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
-        return await _maybe_threaded(len(content), msgspec.json.encode, body)
 
 
 def create_route_app(options: RouteOptions) -> FastAPI:
@@ -126,8 +227,36 @@ def create_route_app(options: RouteOptions) -> FastAPI:
     app.add_middleware(RequestIds)
     app.add_api_route("/v1/chat/completions", router.chat, methods=["POST"], response_model=None)
     app.add_api_route("/health", router.health, methods=["GET"])
+    app.add_api_route("/health_generate", router.health, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/livez", router.live, methods=["GET"])
+    app.add_api_route("/readyz", router.ready, methods=["GET"])
+    app.add_api_route("/metrics", router.show_metrics, methods=["GET"])
+    if router.sglang is not None:
+        router.sglang.add_routes(app.router)
+    app.add_middleware(Observed, metrics=router.metrics)
+    app.state.router = router
     app.add_api_route("/v1/{path:path}", router.other, methods=METHODS, include_in_schema=False)
     return app
+
+
+async def _awaited(work: Awaitable[object]) -> None:
+    await work
+
+
+def _target(request: Request) -> bytes:
+    """Path and query as they came. Raises BadRequest for a path that somebody on the way to the engine, or the engine
+    itself, may read as another one: with dots, however often they are encoded, with a backslash or a control character.
+    """
+    raw = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
+    path = request.scope["path"]
+    for _ in range(MAX_ENCODED):
+        if {".", ".."} & set(path.split("/")) or "\\" in path or not path.isprintable():
+            raise BadRequest("the path holds . or .., a backslash or a control character")
+        decoded = unquote(path)
+        if decoded == path:
+            return bytes(raw)
+        path = decoded
+    raise BadRequest(f"the path is encoded more than {MAX_ENCODED} times")
 
 
 async def _maybe_threaded(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

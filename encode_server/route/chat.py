@@ -14,6 +14,8 @@ URL_PARTS = {"image_url": Modality.IMAGE, "video_url": Modality.VIDEO, "audio_ur
 # With these, vLLM looks for another name than the `uuid`: a hash over both.
 RENAMING = ("mm_processor_kwargs", "media_io_kwargs")
 
+MAX_UUID = 512
+
 
 @dataclass(frozen=True)
 class MediaPart:
@@ -39,8 +41,9 @@ def renames(body: dict[str, Any]) -> bool:
     return any(body.get(field) for field in RENAMING)
 
 
-def name_parts(parts: list[MediaPart], video_fps: float) -> dict[Modality, list[Item]]:
-    """Set each part's `uuid`, and say what has to be encoded; the same media once. Hashes all of it.
+def name_parts(parts: list[MediaPart], video_fps: float, prefix: str = "") -> dict[Modality, list[Item]]:
+    """Set each part's `uuid`, and say what has to be encoded; the same media once. Hashes all of it. `prefix`: of the
+    names.
 
     A name covers the content (for a URL: the URL) and the caller's own `uuid`, so that nobody can put an embedding in
     the place of another's media.
@@ -50,8 +53,16 @@ def name_parts(parts: list[MediaPart], video_fps: float) -> dict[Modality, list[
         fps = video_fps if found.modality is Modality.VIDEO else None
         digest = hashlib.sha256(repr((str(found.modality), fps, found.part.get("uuid"))).encode())
         digest.update(found.source.encode(errors="surrogatepass"))
-        name = found.part["uuid"] = digest.hexdigest()
+        name = found.part["uuid"] = prefix + digest.hexdigest()
         items.setdefault(found.modality, {})[name] = Item(found.source, fps=fps, uuid=name)
+    return {modality: list(named.values()) for modality, named in items.items()}
+
+
+def media_items(parts: list[MediaPart]) -> dict[Modality, list[Item]]:
+    """What has to be encoded, the same media once, exactly as an engine will ask for it."""
+    items: dict[Modality, dict[str, Item]] = {}
+    for found in parts:
+        items.setdefault(found.modality, {})[found.source] = Item(found.source)
     return {modality: list(named.values()) for modality, named in items.items()}
 
 
@@ -62,7 +73,9 @@ def _parts(message: Any) -> Iterator[dict[str, Any]]:
 
 
 def _media(part: dict[str, Any]) -> MediaPart | None:
-    kind = part.get("type")
+    kind, name = part.get("type"), part.get("uuid")
+    if name is not None and (not isinstance(name, str) or len(name) > MAX_UUID):
+        raise BadRequest(f"uuid is not a string of at most {MAX_UUID} characters")
     if kind == "input_audio":
         audio = part.get(kind)
         if audio is None:
@@ -70,6 +83,8 @@ def _media(part: dict[str, Any]) -> MediaPart | None:
         if not isinstance(audio, dict) or not isinstance(audio.get("data"), str):
             raise BadRequest("input_audio is not an object with base64 `data`")
         return MediaPart(part, Modality.AUDIO, audio["data"])
+    if not isinstance(kind, str):
+        return None
     if kind not in URL_PARTS or part.get(kind) is None:
         return None
     url = part[kind].get("url") if isinstance(part[kind], dict) else part[kind]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 
 import httpx
@@ -18,6 +20,9 @@ log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 4.0  # below uvicorn's 5 s: a connection is not used again just as it is closed
+ADMITTED_S = 60.0  # for so long the engine is not asked again whether it knows somebody
+MAX_ADMITTED = 1024
+CREDENTIALS = ("authorization", "api-key", "x-api-key", "cookie")
 EVENTS = "text/event-stream"
 # Of one connection only (RFC 9110, 7.6.1), or computed anew.
 NOT_FORWARDED = frozenset(
@@ -49,20 +54,47 @@ class Engine:
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
             trust_env=False,
         )
+        self._prefix = self._http.base_url.raw_path.rstrip(b"/")
+        self._admitted: dict[bytes, float] = {}  # until when, by a digest of the credentials
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
+    async def refusal(self, headers: Mapping[str, str]) -> Response | None:
+        """What the engine answers to whom it doesn't know, None to others: asked of its list of models, which costs
+        nothing. Raises DeliveryFailed when it does not answer."""
+        shown = {name: value for name in CREDENTIALS if (value := headers.get(name)) is not None}
+        known = hashlib.sha256(repr(sorted(shown.items())).encode()).digest()
+        now = time.monotonic()
+        if self._admitted.get(known, 0.0) > now:
+            return None
+        try:
+            answer = await self._http.get("/v1/models", headers=shown, timeout=CONNECT_TIMEOUT_S)
+        except httpx.RequestError as error:
+            raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
+        if answer.status_code in (401, 403):
+            more = {name: answer.headers[name] for name in ("www-authenticate",) if name in answer.headers}
+            return Response(answer.content, answer.status_code, more, answer.headers.get("content-type"))
+        if answer.status_code < 500:
+            while len(self._admitted) >= MAX_ADMITTED:
+                del self._admitted[next(iter(self._admitted))]
+            self._admitted[known] = now + ADMITTED_S
+        return None
+
     async def forward(
-        self, method: str, path: str, query: str, headers: Mapping[str, str], content: bytes
+        self, method: str, target: bytes, headers: Mapping[str, str], content: bytes
     ) -> StreamingResponse:
-        """Send a request on; returns when the engine has begun to answer. Raises DeliveryFailed when it does not."""
+        """Send a request on, `target` as it came; returns when the engine has begun to answer, its body no longer kept.
+        Raises DeliveryFailed when the engine does not answer."""
         kept = {name: value for name, value in headers.items() if name.lower() not in NOT_FORWARDED}
         if (ids := current_ids()) is not None:
             kept[HEADER.lower()] = ids.request_id
-        url = httpx.URL(path=path, query=query.encode())
-        request = self._http.build_request(method, url, headers=kept, content=content)
+        if content or method not in ("GET", "DELETE"):
+            kept["content-length"] = str(len(content))
+        request = self._http.build_request(method, "/", headers=kept, content=_once([content]) if content else None)
+        del content
+        request.extensions["target"] = self._prefix + target
         try:
             answer = await self._http.send(request, stream=True)
         except httpx.RequestError as error:
@@ -78,6 +110,11 @@ class Engine:
         with contextlib.suppress(httpx.HTTPError):
             return (await self._http.get("/health", timeout=CONNECT_TIMEOUT_S)).status_code == 200
         return False
+
+
+async def _once(content: list[bytes]) -> AsyncIterator[bytes]:
+    """The body, given away: the request lives as long as its answer, and would keep the body as long."""
+    yield content.pop()
 
 
 async def _chunks(answer: httpx.Response) -> AsyncIterator[bytes]:

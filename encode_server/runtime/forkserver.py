@@ -188,7 +188,8 @@ class Forkserver:
         """Run `function` (`module:function`, on msgpack's idea of `argument`) in a child of its own; its result, of
         type `kind`.
 
-        Raises StartupError when the function raises that, or when the child ends without a result.
+        Raises StartupError when the function raises that, or when the child ends without a result; ForkserverLost
+        when the child ended with the forkserver.
         """
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -196,6 +197,7 @@ class Forkserver:
             with theirs:
                 payload = msgspec.msgpack.encode((function, msgspec.msgpack.encode(argument)))
                 child = await self.fork("call", "encode_server.runtime.calls:answer", payload, (theirs.fileno(),))
+            parent = self._socket
             answer = bytearray()
             try:
                 while chunk := await asyncio.get_running_loop().sock_recv(ours, 1 << 20):
@@ -204,6 +206,8 @@ class Forkserver:
                 child.kill()
                 raise
         code = await child.exited
+        if code < 0 and self._socket is not parent:
+            raise ForkserverLost("the forkserver ended, and the call with it")
         if not answer:
             raise StartupError(f"{function} ended with code {code} and said nothing")
         ok, value = msgspec.msgpack.decode(answer, type=tuple[bool, msgspec.Raw])

@@ -29,6 +29,7 @@ class Link:
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self._directory: RunDirectory | None = RunDirectory()
+        self._drain_due = False
         self._waiting: deque[Frames] = deque()  # for the child to connect
         self._socket = context.socket(zmq.PAIR)
         self._socket.set_hwm(0)  # messages are few, and none may be dropped
@@ -44,7 +45,9 @@ class Link:
         if self._waiting or not self._try_send(frames):
             self._waiting.append(frames)
         # libzmq signals its descriptor once for any number of events, and a send may have taken that signal.
-        self._loop.call_soon(self.drain)
+        if not self._drain_due:
+            self._drain_due = True
+            self._loop.call_soon(self.drain)
 
     def close(self) -> None:
         """Close the socket; what is not sent is dropped. May be called again."""
@@ -67,6 +70,7 @@ class Link:
 
     def drain(self) -> None:
         """Hand over every message that has arrived, and send what waits for the child to connect."""
+        self._drain_due = False
         while not self._socket.closed:
             events = int(self._socket.getsockopt(zmq.EVENTS))
             if events & zmq.POLLIN:

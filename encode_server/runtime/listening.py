@@ -5,26 +5,82 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Generator
+from typing import Any
 
 import uvicorn
 
 from encode_server.errors import StartupError
+from encode_server.runtime.connections import ConnectionLimits, GuardedProtocol, guarded
 
 log = logging.getLogger(__name__)
 
 SAME_SIGNAL_S = 0.5  # one Ctrl-C or kill often arrives twice: from the terminal and from the process that started us
 
 
+RESERVED = 512  # descriptors kept free of connections: for fetches, destinations, files, processes, probes
+
+
 class Uvicorn(uvicorn.Server):
-    """uvicorn's server, with signals, and so the exit status, left to us."""
+    """uvicorn's server, with signals, and so the exit status, left to us, and a time limit for TLS handshakes."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then accept connections on `sockets`, which uvicorn would do without a limit for
+        handshakes."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(3)
+        loop = asyncio.get_running_loop()
+        kind = self.config.http_protocol_class
+        assert issubclass(kind, GuardedProtocol)
+
+        def protocol() -> asyncio.Protocol:
+            return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)
+
+        limit_s = kind.limits.head_s if self.config.ssl else None
+        self.servers = [
+            await loop.create_server(protocol, sock=sock, ssl=self.config.ssl, ssl_handshake_timeout=limit_s)
+            for sock in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+
+def config(app: Any, limits: ConnectionLimits, *, grace_s: float, **more: Any) -> uvicorn.Config:
+    """uvicorn's configuration of a listener of ours. `grace_s`: for what is open at the end. `more`: of TLS.
+
+    Headers of proxies are not believed: every client of this host could write them.
+    """
+    return uvicorn.Config(
+        app,
+        http=guarded(limits),
+        ws="none",
+        lifespan="on",
+        proxy_headers=False,
+        server_header=False,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=max(1, round(grace_s)),
+        **more,
+    )
+
+
+def room_for_connections(most: int) -> int:
+    """How many of `most` connections the process has descriptors for, beside those that it needs itself. Raises the
+    limit of descriptors as far as it goes: the usual one, 1024, is for programs that use select()."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard == resource.RLIM_INFINITY:
+        return most
+    return max(1, min(most, hard - min(RESERVED, hard // 2)))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from encode_server.errors import EncodeError
 from encode_server.pipeline.request import MediaItem
+from encode_server.runtime.charge import Charge
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
 
@@ -15,7 +16,8 @@ from encode_server.wire.modality import Modality
 @dataclass(frozen=True)
 class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
-    does not say. `stored`: the embedding is to be written to the store."""
+    does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
+    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --engine."""
 
     req_id: str | None
     modality: Modality
@@ -25,6 +27,8 @@ class Ask:
     prefill_host: str | None = None
     embedding_port: int | list[int] | None = None
     stored: bool = False
+    cached: bool = False
+    frames: Literal["native", "sglang"] | None = None
     timeout_s: float | None = None
 
     @property
@@ -42,13 +46,19 @@ class Caller(Protocol):
     """Who asks, for fairness: a digest of the API key, else the address."""
 
     declared_bytes: int
-    """How large the body may be, known before it is read."""
+    """How large the body may be, known before it is read; nothing arrived yet, and perhaps never will."""
 
     asked_timeout_s: float | None
     """The deadline that the transport, not the body, names."""
 
-    async def read(self) -> Ask:
-        """Read and parse the body. Raises EncodeError, CallerGone."""
+    quiet: bool
+    """Errors are for the caller alone, who may try another server: destinations are not told."""
+
+    item_tokens: int | None
+    """Encoder tokens that each of the request's items cost on average, once that is known: the answer says so."""
+
+    async def read(self, charge: Charge) -> Ask:
+        """Read and parse the body, charging what arrives before it is kept. Raises EncodeError, CallerGone."""
 
     def until_gone(self) -> AbstractAsyncContextManager[None]:
         """Cancel what runs inside and raise CallerGone when the caller leaves."""

@@ -6,11 +6,12 @@ import contextlib
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from encode_server.delivery.base import Delivery
+from encode_server.delivery.base import Delivery, Kept
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.native import NativePush
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
+from encode_server.delivery.sglang.registrations import Offer
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.errors import BadRequest, Forbidden
 from encode_server.service.caller import Ask
@@ -34,35 +35,57 @@ class Destinations:
         pool: Executor,
         sglang: SGLangDeliveries | None,
         store: EmbeddingStore | None,
+        *,
+        keyed: bool,
     ) -> None:
+        """`keyed`: clients are told apart by their API keys, not by their addresses."""
         self.policy = policy
+        self._keyed = keyed
         self._pusher, self._pool, self._sglang, self._store = pusher, pool, sglang, store
 
-    async def resolve(self, ask: Ask, req_id: str, held: contextlib.ExitStack) -> Destination | None:
+    async def resolve(self, ask: Ask, req_id: str, client: str, held: contextlib.ExitStack) -> Destination | None:
         """Where the embedding goes; None when it goes back in the answer. `held` is left when the request ends.
+        `client`: who asks.
 
         Raises BadRequest, Forbidden, DeliveryFailed.
         """
+        if ask.cached:
+            if ask.prefill_host is not None or ask.embedding_port is not None:
+                raise BadRequest("delivery is 'cache', which goes without prefill_host and embedding_port")
+            return Destination(Kept())
         if ask.stored:
             return Destination(self._to_store(ask))
-        if self._sglang is not None and ask.prefill_host is not None:
-            return Destination(await self._to_sglang(self._sglang, ask, ask.prefill_host, held), silent=True)
+        if ask.frames == "sglang" and self._sglang is None:
+            raise BadRequest("frames is 'sglang', which only a server with --protocol sglang pushes")
+        if self._sglang is not None and ask.frames != "native" and ask.prefill_host is not None:
+            return Destination(await self._to_sglang(self._sglang, ask, ask.prefill_host, client, held), silent=True)
         if (ask.prefill_host is None) != (ask.embedding_port is None):
             raise BadRequest("prefill_host and embedding_port go together: one is missing")
         if ask.prefill_host is None or ask.embedding_port is None:
             return None
         if isinstance(ask.embedding_port, list):
-            raise BadRequest("embedding_port is a list, which only a server with --engine sglang takes")
-        endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port)
+            raise BadRequest("embedding_port is a list, which SGLang's frames alone go to")
+        endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port, client=client)
         return Destination(NativePush(self._pusher, endpoint, self._pool))
 
-    async def _to_sglang(self, sglang: SGLangDeliveries, ask: Ask, host: str, held: contextlib.ExitStack) -> Delivery:
+    async def _to_sglang(
+        self, sglang: SGLangDeliveries, ask: Ask, host: str, client: str, held: contextlib.ExitStack
+    ) -> Delivery:
         if ask.embedding_port is None:
             if ask.req_id is None:
                 raise BadRequest("prefill_host without embedding_port waits for registrations, which need a req_id")
-            return held.enter_context(sglang.to_registered(ask.req_id))
+            # Whoever knows a req_id may register for it: only destinations at the prefill's host get the embedding.
+            at_host = frozenset(await self.policy.addresses(host, client=client))
+            return held.enter_context(
+                sglang.to_registered(ask.req_id, lambda offer: offer.address in at_host or self._trusted(offer, client))
+            )
         ports = ask.embedding_port if isinstance(ask.embedding_port, list) else [ask.embedding_port]
-        return sglang.to_endpoints([await self.policy.endpoint(host, port) for port in ports])
+        return sglang.to_endpoints(await self.policy.endpoints(host, ports, client=client))
+
+    def _trusted(self, offer: Offer, client: str) -> bool:
+        """Whether a rank on another host than the prefill's may have the embedding: its registration came with the API
+        key of the request itself, or the operator allowed its network by name."""
+        return (self._keyed and offer.client == client) or self.policy.named(offer.address)
 
     def _to_store(self, ask: Ask) -> Delivery:
         if ask.prefill_host is not None or ask.embedding_port is not None:

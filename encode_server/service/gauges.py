@@ -13,7 +13,7 @@ def show_gauges(server: Server) -> None:
     metrics, settings = server.metrics, server.settings
     held, limits = server.admission.held, server.admission.limits
     metrics.requests_held.show(held.requests, limits.max_requests)
-    metrics.media_held.show(held.bytes, limits.max_bytes)
+    metrics.bytes_held.show(held.bytes, limits.max_bytes)
     metrics.tokens_held.show(held.tokens, limits.max_tokens)
     metrics.undelivered_held.show(server.undelivered.bytes, server.undelivered.max_bytes)
     metrics.arena_held.show(server.arena.used, server.arena.size)
@@ -34,12 +34,14 @@ def _show_encoding(server: Server, encoding: Encoding) -> None:
     metrics.threads_held.show(preparers.threads_busy, preparers.threads)
     metrics.preparing_queued.set(preparers.queued)
     metrics.queued.set(batcher.queued)
-    metrics.backlog.set(batcher.backlog_s)
+    load = server.load()
+    metrics.backlog.set(load.backlog_s)
+    metrics.capacity.set(load.capacity or 0.0)
     metrics.in_flight.set(batcher.in_flight)
     metrics.forward_age.set(engine.forward_age_s() or 0.0)
     metrics.forward_limit.set(engine.limit_s())
     metrics.show_ranks([state == "ready" for state in engine.rank_states] or [False] * server.settings.tp)
     metrics.show_preparers(state != "starting" for state in preparers.states)
     for modality, cost in batcher.costs.items():
-        metrics.speed[modality].set(cost.patches_per_second)
+        metrics.speed[modality].set(cost.patches_per_s or 0.0)
         metrics.patches_per_pair[modality].set(cost.patches_per_pair)

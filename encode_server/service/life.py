@@ -14,10 +14,12 @@ from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotR
 from encode_server.pipeline.admission import Ticket
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.runtime.caller import CallerGone
+from encode_server.runtime.tracebacks import let_go
 from encode_server.service.caller import Ask, Caller
 from encode_server.service.destinations import Destination
 from encode_server.service.record import Record, new_req_id, note_end
 from encode_server.service.server import Server
+from encode_server.telemetry.logs import quoted
 from encode_server.telemetry.tracing import describe_request
 from encode_server.wire.modality import Modality
 
@@ -40,11 +42,13 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             record.destination = ask.destination
             describe_request(req_id=req_id, modality=ask.modality, items=len(ask.items), destination=ask.destination)
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
-            request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages)
+            most = server.settings.max_answer_mb << 20
+            request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages, most)
             await _encode_and_deliver(server, caller, ask, request, record)
-    except CallerGone:
+    except CallerGone as gone:
         outcome = "gone"
         describe_request(outcome=outcome)
+        let_go(gone)
     except EncodeError as error:
         outcome = error.code
         describe_request(outcome=outcome)
@@ -52,6 +56,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             server.metrics.refusals[error.bound].inc()
         with contextlib.suppress(CallerGone):
             await caller.refuse(error, record.req_id)
+        let_go(error)
     record.stages["total"] = time.perf_counter() - started
     note_end(server.metrics, record, outcome)
 
@@ -76,17 +81,18 @@ async def _admitted(server: Server, caller: Caller) -> AsyncIterator[Ticket]:
 
 
 async def _read(server: Server, caller: Caller, ticket: Ticket) -> Ask:
-    """The body. Its time is never longer than by default: a body that trickles in holds a place, and room."""
-    limit_s = server.settings.timeout_s
+    """The body. Its time is never longer than by default: a body that trickles in holds a place, and room. A patient
+    caller may have to wait for room while its body arrives."""
+    limit_s = server.timeout_s(None) if server.patient else server.settings.timeout_s
     asked = caller.asked_timeout_s
     try:
         async with asyncio.timeout(min(asked or limit_s, limit_s)):
-            ask = await caller.read()
+            ask = await caller.read(ticket.grow)
     except TimeoutError:
         raise DeadlineExceeded("the request's time was up before its body had arrived") from None
     if ask.part_idx >= ask.num_parts:
         raise BadRequest(f"part_idx is {ask.part_idx}, expected less than num_parts, {ask.num_parts}")
-    ticket.weigh(nbytes=sum(len(item.source) for item in ask.items) - ticket.bytes)
+    ticket.settle(sum(len(item.source) for item in ask.items))
     fps = server.settings.video_fps
     if ask.modality is Modality.VIDEO and fps is not None:
         return replace(ask, items=[item.with_fps(fps) for item in ask.items])
@@ -101,16 +107,17 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
             held.enter_context(server.active.hold(part.req_id, part.part_idx, ask.prefill_host))
         try:
             async with caller.until_gone(), _until(request.deadline):
-                destination = await server.destinations.resolve(ask, request.req_id, held)
+                destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
                 describe_request(tokens=record.tokens)
+                caller.item_tokens = request.encoded_tokens // len(request.items)
                 began = time.perf_counter()
                 if destination is None:
-                    async with server.undelivered.hold(caller.answer_bytes(encoded), patient=False):
+                    async with server.undelivered.hold(caller.answer_bytes(encoded), request.client, patient=False):
                         await caller.answer(request.req_id, encoded, server.settings.send_timeout_s)
                 else:
-                    async with server.undelivered.hold(encoded.nbytes, patient=server.patient):
+                    async with server.undelivered.hold(encoded.nbytes, request.client, patient=server.patient):
                         await destination.delivery.deliver(part, encoded)
                 spent = time.perf_counter() - began
                 request.spent("deliver", spent)
@@ -123,6 +130,8 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
             raise
         except Exception as error:
             known = _known(error, request.req_id)
+            if caller.quiet:
+                raise known from None
             if destination is not None:
                 await destination.delivery.fail(part, known)
             if server.patient and ask.prefill_host is not None:
@@ -147,5 +156,5 @@ async def _until(deadline: float) -> AsyncIterator[None]:
 def _known(error: Exception, req_id: str) -> EncodeError:
     if isinstance(error, EncodeError):
         return error
-    log.error("request %s failed", req_id, exc_info=error)
+    log.error("request %s failed", quoted(req_id), exc_info=error)
     return EncodeError("an internal error, see the server's log")

@@ -31,7 +31,7 @@ from encode_server.errors import NotReady, StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
-from encode_server.models.inspect import refuse_early
+from encode_server.models.early import refuse_early
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import EmbeddingCache
@@ -53,12 +53,13 @@ from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
+from encode_server.wire.load import Load
 from encode_server.wire.modality import Modality
 from encode_server.wire.preparers import Pickled, PreparerSetup
 
 log = logging.getLogger(__name__)
 
-LAG_INTERVAL_S = 0.1
+LAG_INTERVAL_S = 0.25
 SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
 FORKSERVER_TRIES = 3
 
@@ -90,10 +91,10 @@ class Server:
         self._launched = launched
         self.metrics = Metrics(__version__)
         self.port = settings.port  # whoever binds the socket corrects it
-        self.patient = settings.engine == "sglang"
+        self.patient = settings.protocol == "sglang"
         self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
-        self.undelivered = Undelivered(settings.undelivered_mb << 20)
+        self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)
         self.fatal: str | None = None
         self.destinations: Destinations
@@ -140,11 +141,13 @@ class Server:
             store = None
             if self.folder is not None:
                 store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store)
-            if settings.engine == "sglang":
+            if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
                 stack.callback(self.sglang.close)
-            self.destinations = Destinations(self.destination_policy, pusher, pools.send, self.sglang, store)
+            self.destinations = Destinations(
+                self.destination_policy, pusher, pools.send, self.sglang, store, keyed=bool(settings.api_keys)
+            )
             self.pools = pools
             stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             self._announcer.start(settings.advertise_port or self.port)
@@ -226,6 +229,17 @@ class Server:
             return "the encoder is warming up"
         return None
 
+    def load(self) -> Load:
+        """How much work there is, for those who choose among servers."""
+        if (encoding := self.encoding) is None:
+            return Load(0.0)
+        backlog_s = encoding.batcher.backlog_s + encoding.preparers.backlog_s
+        held = self.admission.held.requests
+        if self.admission.waiting and held:
+            # Who waits at the door brings as much work, on average, as those inside.
+            backlog_s *= 1 + self.admission.waiting / held
+        return Load(backlog_s, encoding.batcher.capacity)
+
     async def health(self) -> Verdict:
         """Encode something, or judge what is being encoded; see `HealthProbe`. A server that leaves is not healthy:
         whoever goes by this answer must stop sending requests."""
@@ -237,7 +251,10 @@ class Server:
             reason = self.fatal or "loading"
             engine = "failed" if self.fatal else "loading"
             return Verdict(False, {"status": "unhealthy", "reason": reason, "engine": engine, "ranks": {}})
-        return await self.encoding.health.check()
+        verdict = await self.encoding.health.check()
+        load = self.load()
+        verdict.document |= {"backlog_seconds": round(load.backlog_s, 4), "capacity": load.capacity}
+        return verdict
 
     async def render_metrics(self, accept: str) -> tuple[bytes, str]:
         """`/metrics`, its gauges brought up to date, and its content type; see `Metrics.render`."""
@@ -292,6 +309,8 @@ class Server:
 
     def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
         settings, metrics = self.settings, self.metrics
+        for note in found.notes:
+            log.warning("%s", note)
         spec = GroupSpec(
             path=found.path,
             world=settings.tp,
@@ -299,6 +318,7 @@ class Server:
             dtype=settings.dtype,
             checkpoint_dtype=found.dtype,
             threads=settings.rank_threads or max(1, usable_cores() // settings.tp),
+            facts=found.facts,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         engine = Supervisor(spec, forkserver, self.arena, options, metrics)

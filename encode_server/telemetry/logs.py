@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,9 +18,11 @@ LogFormat = Literal["text", "json"]
 request_log = logging.getLogger("encode_server.requests")
 
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-# C0 and C1 controls, DEL, and the separators at which some viewers break lines.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_PLAIN = re.compile(r"[\w.:/+=@~-]+", re.ASCII)
+MAX_QUOTED = 200
+# C0 and C1 controls, DEL, the separators at which some viewers break lines, and what turns the direction of text.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {
+    code: f"\\u{code:04x}" for code in (0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
 
 
 def configure(level: str, log_format: LogFormat = "text") -> None:
@@ -63,7 +64,7 @@ class TextFormatter(logging.Formatter):
         """See logging."""
         if (fields := getattr(record, "request", None)) is not None:
             record.message = _words(fields)
-        line = escaped(super().formatMessage(record))
+        line = super().formatMessage(record).translate(_CONTROLS)
         request_id, trace_id = getattr(record, "request_id", None), getattr(record, "trace_id", None)
         if request_id is not None and request_id not in line:
             line += f" id={request_id}"
@@ -71,23 +72,20 @@ class TextFormatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         """See logging."""
-        return "\n".join("    " + escaped(line) for line in super().formatException(ei).split("\n"))
+        return "\n".join("  | " + line.translate(_CONTROLS) for line in super().formatException(ei).split("\n"))
 
 
-def escaped(text: str) -> str:
-    r"""The text with its control characters as `\n`, `\x1b`, `\u2028`."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def quoted(text: str) -> str:
+    """A string of a stranger for a log line: nothing in it begins a line, moves a cursor, or looks like a field of
+    ours."""
+    if text.isascii() and text.isprintable() and not set(text) & {" ", '"', "="}:
+        return text
+    return json.dumps(text[:MAX_QUOTED])
 
 
 def _words(fields: Mapping[str, Any]) -> str:
-    words = [f"{name}={_word(value)}" for name, value in fields.items() if name != "ms"]
+    words = [f"{name}={quoted(str(value))}" for name, value in fields.items() if name != "ms"]
     return " ".join(words + [f"{stage}={value:.1f}ms" for stage, value in fields["ms"].items()])
-
-
-def _word(value: object) -> str:
-    """The value so that it can be read in one way only: a caller chooses the request's id."""
-    text = str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def _name_request(record: logging.LogRecord) -> bool:

@@ -34,7 +34,7 @@ UNKNOWN = "unknown"  # modality and destination of a request that ended before i
 DESTINATIONS = ("answer", "push", "store")
 ERRORS: tuple[type[EncodeError], ...] = (EncodeError, *EncodeError.__subclasses__())
 OUTCOMES = ("ok", "gone", *sorted({error.code for error in ERRORS}))
-REFUSING = ("requests", "media", "tokens", "client_share", "undelivered", "store")
+REFUSING = ("requests", "bytes", "tokens", "client_share", "undelivered", "store")
 GROUP_CAUSES = ("died", "hang", "failed", "divided", "garbled", "not_started")
 PREPARER_CAUSES = ("died", "hang", "overtime", "failed")
 
@@ -126,8 +126,8 @@ class Metrics:
 
         # What is bounded, and which bound refused.
         self.requests_held = self._bounded("encode_requests_in_progress", "Requests admitted and not ended")
-        self.media_held = self._bounded("encode_media_in_progress_bytes", "Bytes of media of the requests in progress")
-        self.tokens_held = self._bounded("encode_tokens_in_progress", "Encoder tokens of the requests in progress")
+        self.bytes_held = self._bounded("encode_inflight_bytes", "Bytes of bodies, downloads and embeddings of these")
+        self.tokens_held = self._bounded("encode_inflight_tokens", "Patches and mel frames of these")
         self.arena_held = self._bounded("encode_arena_used_bytes", "Bytes of the arena granted")
         self.undelivered_held = self._bounded("encode_undelivered_bytes", "Bytes of embeddings on their way out")
         self.cache_held = self._bounded("encode_cache_bytes", "Bytes of embeddings in the cache")
@@ -141,7 +141,7 @@ class Metrics:
         self.at_door = self._gauge("encode_requests_at_door", "Requests that wait to be admitted, their bodies unread")
         self.preparing_queued = self._gauge("encode_queued_preparations", "Items waiting for a preparer's thread")
         self.queued = self._gauge("encode_queued_items", "Items, or pieces of them, waiting for a batch")
-        self.backlog = self._gauge("encode_backlog_seconds", "Time the ranks should need for what waits for a batch")
+        self.backlog = self._gauge("encode_backlog_seconds", "Seconds until what the server holds is encoded, learnt")
         self.in_flight = self._gauge("encode_batches_in_flight", "Batches sent to the ranks")
         self.forward_age = self._gauge("encode_oldest_forward_seconds", "Age of the oldest forward; 0 without one")
         self.forward_limit = self._gauge("encode_oldest_forward_seconds_limit", "Age at which it counts as a hang")
@@ -171,8 +171,12 @@ class Metrics:
         )
 
         # What has been learnt of a forward's cost; 0 before.
+        self.capacity = self._gauge(
+            "encode_capacity_tokens_per_second",
+            "Encoder tokens that the ranks encode in a second",
+        )
         self.speed = _by_modality(
-            Gauge("encode_learnt_patches_per_second", "Speed of recent forwards", ["modality"], registry=registry)
+            Gauge("encode_learnt_patches_per_second", "Speed of a forward", ["modality"], registry=registry)
         )
         self.patches_per_pair = _by_modality(
             Gauge(

@@ -10,6 +10,9 @@ import msgspec
 
 from encode_server.wire.modality import Modality
 
+VERSION = 1
+"""Of the frames. It grows when a reader of the present version could not read the frames; see docs/stability.md."""
+
 
 class ItemInfo(msgspec.Struct, omit_defaults=False):
     """One media item of a part: its rows in the embedding, its patch grid, the SHA-256 of its media bytes.
@@ -32,7 +35,8 @@ class ErrorInfo(msgspec.Struct):
 
 
 class EmbeddingHeader(msgspec.Struct):
-    """What a receiver needs to place one part of a request. `dtype` is `float32`, `float16` or `bfloat16`."""
+    """What a receiver needs to place one part of a request. `dtype` is `float32`, `float16` or `bfloat16`. `version`:
+    of the frames; a header without it is of version 1."""
 
     req_id: str
     model: str
@@ -43,6 +47,7 @@ class EmbeddingHeader(msgspec.Struct):
     shape: tuple[int, int] = (0, 0)
     items: list[ItemInfo] = []
     error: ErrorInfo | None = None
+    version: int = VERSION
 
 
 encode_header = msgspec.msgpack.Encoder().encode

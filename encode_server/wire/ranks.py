@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
 
 
@@ -48,6 +49,7 @@ class RankSetup(msgspec.Struct, frozen=True):
 
     `device` and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `threads`: CPU threads of this
     rank. The descriptors of the arena, of `arena_bytes`, and of torch.distributed's FileStore come with the fork.
+    `facts`: what the checkpoint's inspection found.
     """
 
     socket: str
@@ -59,6 +61,7 @@ class RankSetup(msgspec.Struct, frozen=True):
     checkpoint_dtype: str
     threads: int
     arena_bytes: int
+    facts: Facts | None = None
 
 
 # Commands, front to rank.

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import msgspec
+
 from encode_server.wire.dtypes import TO_SAFETENSORS
 
 
 def tensor_head(name: str, dtype: str, shape: tuple[int, int], nbytes: int, metadata: Mapping[str, str]) -> bytes:
     """The length and the JSON header of a file whose `nbytes` bytes of tensor `name` follow directly."""
     tensor = {"dtype": TO_SAFETENSORS[dtype], "shape": shape, "data_offsets": (0, nbytes)}
-    header = json.dumps({"__metadata__": dict(metadata), name: tensor}).encode()
+    header = msgspec.json.encode({"__metadata__": dict(metadata), name: tensor})
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header
 
@@ -29,3 +31,13 @@ def expected_size(start: bytes) -> int | None:
         return 8 + length + int(max(ends))
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
         return None
+
+
+def head_metadata(start: bytes) -> dict[str, str]:
+    """The metadata of a file, from its first bytes; empty when they are not the start of such a file."""
+    length = int.from_bytes(start[:8], "little")
+    try:
+        found = json.loads(start[8 : 8 + length]).get("__metadata__", {})
+        return {key: value for key, value in found.items() if isinstance(value, str)}
+    except (ValueError, AttributeError, RecursionError):
+        return {}

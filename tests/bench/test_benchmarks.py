@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import correctness, gpu, serving, small, tables
+from benchmarks import correctness, gpu, overhead, serving, small, tables
 from benchmarks.prometheus import Look
 from benchmarks.towers import FULL_SIZE, TINY, write_checkpoint
 from encode_server.bench.load import Load
@@ -58,12 +58,17 @@ def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys, monk
         assert slot["cpu_s_per_item"]["ranks"] > 0
         assert slot["cpu_s_per_item"]["loop"] > 0
         stages = slot["stage_cpu_s"]
-        assert set(stages) == {"fetch", "decode", "preprocess", "copy", "forward", "deliver"}
+        assert set(stages) == {"front", "decode", "preprocess", "copy", "messages", "forward"}
         assert all(seconds > 0 for seconds in stages.values())
     assert {"decode_s", "preprocess_s", "forward_s", "total_s"} <= set(measured["ours"][0]["bare"])
     assert picture.read_text().lstrip().startswith("<?xml")
     printed = capsys.readouterr().out
     assert "floor: transformers" in printed and "our floor" in printed and "ours" in printed
+
+
+def test_what_the_engine_adds_to_a_forward(towers, capsys):
+    assert overhead.main([f"--model={towers['Qwen2.5-VL, tiny']}", "--batches=5"]) == 0
+    assert "over 5 batches" in capsys.readouterr().out
 
 
 def test_the_gpu_script_runs_through_on_a_cpu(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -221,6 +222,7 @@ async def test_frames_from_a_stranger_are_counted_and_change_nothing(connect: Co
         (header(part_idx=-1), b"1234"),
         (header(num_parts=0), b"1234"),
         (header(num_parts=1 << 30), b"1234"),
+        (header(version=2), b"1234"),
         (b"\xc6\x00\x50\x00\x00" + bytes(5 << 20), b"1234"),
     ]
     rng = np.random.default_rng(0)
@@ -237,6 +239,15 @@ async def test_frames_from_a_stranger_are_counted_and_change_nothing(connect: Co
             pusher.frames(bytes(broken), b"1234")
         pusher.part("wanted")
         assert (await waiting).shape == (3, 4)
+
+
+async def test_a_header_without_a_version_or_with_new_fields_is_read(connect: Connect) -> None:
+    header = {"req_id": "r", "model": "m", "modality": "image", "dtype": "float32", "shape": (1, 1)}
+    async with EmbeddingReceiver() as receiver:
+        pusher = connect(receiver)
+        for added in ({}, {"version": 1, "of_a_later_release": [1]}):
+            pusher.frames(msgspec.msgpack.encode(header | added), b"1234")
+            assert (await receiver.receive("r", timeout=10)).shape == (1, 1)
 
 
 async def test_what_nobody_asks_for_is_bounded_in_bytes(connect: Connect) -> None:

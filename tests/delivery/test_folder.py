@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encode_server.delivery.folder import ENTRY, EntryFolder, check_identifier
+from encode_server.delivery.folder import ENTRY, EntryFolder, check_identifier, on_disk
 from encode_server.errors import BadRequest, DeliveryFailed, StartupError, StoreFull
 from encode_server.wire.tensorfile import expected_size, tensor_head
 
@@ -130,7 +130,7 @@ def test_entries_go_by_age(tmp_path):
 
 
 def test_the_oldest_go_when_there_are_too_many_bytes(tmp_path):
-    size = sum(map(len, entry(100)))
+    size = on_disk(sum(map(len, entry(100))))
     folder = opened(tmp_path, max_bytes=10 * size)
     for i in range(10):
         folder.write(f"e{i}", entry(100))
@@ -140,7 +140,7 @@ def test_the_oldest_go_when_there_are_too_many_bytes(tmp_path):
 
 
 def test_what_was_just_written_stays_whatever_the_bytes(tmp_path):
-    size = sum(map(len, entry(100)))
+    size = on_disk(sum(map(len, entry(100))))
     folder = opened(tmp_path, max_bytes=3 * size)
     for i in range(3):
         folder.write(f"e{i}", entry(100))
@@ -153,8 +153,28 @@ def test_what_was_just_written_stays_whatever_the_bytes(tmp_path):
     assert stored(tmp_path) == {"e0", "e2", "late"}
 
 
+def test_small_entries_count_as_what_the_disk_has(tmp_path):
+    folder = opened(tmp_path, max_bytes=1 << 20)
+    with pytest.raises(StoreFull):
+        for i in range(1000):
+            folder.write(f"e{i}", entry(1))
+    of_disk = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*"))
+    assert of_disk <= 1 << 20
+
+
+def test_entries_are_counted_too(tmp_path):
+    folder = EntryFolder(str(tmp_path), max_bytes=1 << 30, max_age_s=3600, max_entries=10)
+    for i in range(10):
+        folder.write(f"e{i}", entry(1))
+    with pytest.raises(StoreFull):
+        folder.write("more", entry(1))
+    aged(tmp_path, "e3", 61)
+    folder.write("more", entry(1))
+    assert "e3" not in stored(tmp_path)
+
+
 def test_an_entry_another_server_wrote_counts(tmp_path):
-    size = sum(map(len, entry(100)))
+    size = on_disk(sum(map(len, entry(100))))
     opened(tmp_path).write("theirs", entry(100))
     aged(tmp_path, "theirs", 100)
     opened(tmp_path, max_bytes=int(1.5 * size)).write("ours", entry(100))

@@ -5,8 +5,13 @@ import itertools
 
 import pytest
 
-from encode_server.delivery.sglang.registrations import Registrations
-from encode_server.errors import BadRequest
+from encode_server.delivery.sglang.registrations import Offer, Registrations
+from encode_server.errors import BadRequest, TooBusy
+
+
+def offer(name: str, client: str = "c") -> Offer:
+    """A destination of its own on one host."""
+    return Offer(f"tcp://10.0.0.1:{ord(name)}", client)
 
 
 async def settle():
@@ -38,10 +43,10 @@ def test_every_order_delivers_to_each_once(order):
             elif step == "done":
                 ready.set()
             elif task is None or not task.done():
-                registrations.register("r", step, 2)
+                registrations.register("r", Offer(f"tcp://{step}:1", "c"), 2)
             await settle()
         await asyncio.wait_for(task, 1)
-        assert sorted(got) == ["rank0", "rank1"]
+        assert sorted(got) == ["tcp://rank0:1", "tcp://rank1:1"]
         assert len(registrations) == 0
         registrations.close()
 
@@ -51,13 +56,13 @@ def test_every_order_delivers_to_each_once(order):
 def test_contradictions_are_refused():
     async def run():
         registrations = Registrations()
-        registrations.register("r", "a", 2)
+        registrations.register("r", offer("a"), 2)
         with pytest.raises(BadRequest, match="said 2"):
-            registrations.register("r", "b", 3)
-        registrations.register("r", "b", 2)
-        registrations.register("r", "b", 2)
+            registrations.register("r", offer("b"), 3)
+        registrations.register("r", offer("b"), 2)
+        registrations.register("r", offer("b"), 2)
         with pytest.raises(BadRequest, match="as many"):
-            registrations.register("r", "c", 2)
+            registrations.register("r", offer("c"), 2)
         registrations.close()
         assert len(registrations) == 0
 
@@ -68,12 +73,12 @@ def test_what_is_never_encoded_is_forgotten():
     async def run():
         registrations = Registrations(early_s=0.05, max_early=3)
         for index in range(5):
-            registrations.register(f"r{index}", "a", 1)
+            registrations.register(f"r{index}", offer("a"), 1)
         assert len(registrations) == 3
         with registrations.use("r0") as lost, registrations.use("r4") as kept:
-            assert not lost.endpoints and kept.endpoints == ["a"]
+            assert not lost.endpoints and kept.endpoints == ["tcp://10.0.0.1:97"]
             await asyncio.sleep(0.1)
-            assert kept.endpoints == ["a"]  # in work: not for the clock to take
+            assert kept.endpoints == ["tcp://10.0.0.1:97"]  # in work: not for the clock to take
         assert len(registrations) == 0
 
     asyncio.run(run())
@@ -84,9 +89,51 @@ def test_parts_that_share_a_req_id_share_its_destinations():
         registrations = Registrations()
         with registrations.use("r") as first:
             with registrations.use("r") as second:
-                registrations.register("r", "a", 1)
-                assert [e async for e in first.arrivals()] == [e async for e in second.arrivals()] == ["a"]
+                registrations.register("r", offer("a"), 1)
+                assert (
+                    [e async for e in first.arrivals()] == [e async for e in second.arrivals()] == ["tcp://10.0.0.1:97"]
+                )
             assert len(registrations) == 1
         assert len(registrations) == 0
+
+    asyncio.run(run())
+
+
+def test_a_strangers_destination_gets_nothing_and_stands_in_nobodys_way():
+    async def run():
+        registrations = Registrations()
+        registrations.register("r", Offer("tcp://6.6.6.6:1", "stranger"), 1)
+        registrations.register("r", Offer("tcp://10.0.0.1:1", "prefill"), 2)
+        with registrations.use("r", lambda offer: offer.address == "10.0.0.1") as registration:
+            registrations.register("r", Offer("tcp://10.0.0.1:2", "prefill"), 2)
+            assert [e async for e in registration.arrivals()] == ["tcp://10.0.0.1:1", "tcp://10.0.0.1:2"]
+        assert len(registrations) == 0
+        registrations.close()
+
+    asyncio.run(run())
+
+
+def test_one_clients_registrations_push_out_their_own():
+    async def run():
+        registrations = Registrations(max_early=10)
+        registrations.register("victim", offer("a", "victim"), 1)
+        for index in range(50):
+            registrations.register(f"r{index}", offer("b", "stranger"), 1)
+        assert len(registrations) == 10
+        with registrations.use("victim") as kept:
+            assert kept.endpoints
+        registrations.close()
+        assert len(registrations) == 0
+
+    asyncio.run(run())
+
+
+def test_one_req_id_has_so_many_destinations():
+    async def run():
+        registrations = Registrations()
+        with pytest.raises(TooBusy):
+            for index in range(1000):
+                registrations.register("r", Offer(f"tcp://10.0.{index // 250}.{index % 250}:1", "c"), 64)
+        registrations.close()
 
     asyncio.run(run())

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from encode_server.delivery.base import Part
 from encode_server.delivery.folder import ENTRY, EntryFolder
 from encode_server.delivery.store import EmbeddingStore
+from encode_server.errors import Duplicate
 from encode_server.wire.embedding import Encoded, EncodedItem
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
@@ -35,3 +36,18 @@ def test_every_dtype_comes_back_bit_equal(tmp_path, dtype):
             tensor = file.get_tensor("ec_cache")
             assert file.metadata()["content_hash"] == f"sha256:{i}"
         assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+
+
+def test_a_name_stays_with_its_media(tmp_path):
+    def encoded(digest: str, model: str = "tiny") -> Encoded:
+        item = EncodedItem(ItemInfo(1, None, f"sha256:{digest}"), {}, memoryview(bytes(8)))
+        return Encoded(Modality.IMAGE, model, "float32", 2, [item])
+
+    part = Part("r", 0, 1, Modality.IMAGE, "tiny")
+    with ThreadPoolExecutor(1) as pool:
+        store = EmbeddingStore(EntryFolder(str(tmp_path), max_bytes=1 << 20, max_age_s=600), 600, pool)
+        asyncio.run(store.delivery(["a"]).deliver(part, encoded("1")))
+        asyncio.run(store.delivery(["a"]).deliver(part, encoded("1")))
+        with pytest.raises(Duplicate, match="other media"):
+            asyncio.run(store.delivery(["a"]).deliver(part, encoded("2")))
+        asyncio.run(store.delivery(["a"]).deliver(part, encoded("2", "another model")))

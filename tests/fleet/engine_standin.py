@@ -35,6 +35,8 @@ class EngineStandIn:
         self.found: list[dict[str, bool]] = []
         self.gone = threading.Event()
         self.go_on = threading.Event()
+        self.key = ""  # wanted of everybody, where there is one
+        self.paths: list[str] = []
         self.waited_in_vain = False
         self.url = ""
 
@@ -55,8 +57,15 @@ class EngineStandIn:
             return StreamingResponse(self._words(), media_type="text/event-stream")
 
         @app.get("/v1/models")
-        async def models() -> dict[str, Any]:
-            return {"data": [{"id": "m"}]}
+        async def models(request: Request) -> Response:
+            if self.key and request.headers.get("authorization") != f"Bearer {self.key}":
+                return JSONResponse({"error": "Unauthorized"}, 401)
+            return JSONResponse({"data": [{"id": "m"}]})
+
+        @app.get("/v1/{path:path}")
+        async def other(request: Request) -> Response:
+            self.paths.append(request.scope["raw_path"].decode() + "?" + request.url.query)
+            return JSONResponse({})
 
         @app.get("/health")
         async def health() -> None:

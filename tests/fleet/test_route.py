@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import select
 import socket
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from encode_server.client import EmbeddingReceiver
 from tests.fleet.engine_standin import WAIT_S, WORDS, EngineStandIn, served
 from tests.live import LiveServer
 from tests.models.samples import clip, png
@@ -122,6 +125,7 @@ def test_options_that_rename_leave_the_media_to_the_engine(fleet, engine, route)
         ([], "messages"),
         (chat({"type": "image_url", "image_url": {"uri": "x"}}), "url"),
         (chat({"type": "input_audio", "input_audio": {"data": 5}}), "input_audio"),
+        (chat({"type": "image_url", "image_url": {"url": "x"}, "uuid": [[[]]]}), "uuid"),
         (chat({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "mm_items[0]"),
     ],
 )
@@ -148,11 +152,35 @@ def test_another_encoder_takes_over_and_an_absent_engine_is_said(fleet, engine, 
         url = live.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
         live.wait_for_log("startup complete")
         answer = post(url, chat(image(png(64, 64, 40))))
-        assert answer.status_code == 504 and "could not be encoded" in answer.json()["error"]["message"]
-        answer = post(url, chat())
+        assert answer.status_code == 502 and "engine does not answer" in answer.json()["error"]["message"]
+        answer = httpx.get(url + "/v1/models")
         assert answer.status_code == 502 and "engine does not answer" in answer.json()["error"]["message"]
         assert httpx.get(url + "/health").status_code == 503
         assert live.terminate() == 0
+    with router(tmp_path / "three", engine.url, ["http://127.0.0.1:9"], "--timeout-s", "1") as live:
+        url = live.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
+        live.wait_for_log("startup complete")
+        answer = post(url, chat(image(png(64, 64, 40))))
+        assert answer.status_code == 504 and "could not be encoded" in answer.json()["error"]["message"]
+
+
+def test_embeddings_are_pushed_to_an_engine_that_receives_by_name(fleet, engine, tmp_path):
+    async def ask() -> None:
+        async with EmbeddingReceiver() as receiver:
+            where = f"127.0.0.1:{receiver.port}"
+            with router(tmp_path, engine.url, fleet.urls, "--engine-receives", where) as live:
+                url = live.listening().base_url
+                body = chat(image(png(64, 64, 60)), image(png(64, 96, 61)), image(png(64, 64, 60)))
+                # The same chat twice at the same time: nobody is told that the item is being pushed already.
+                answers = await asyncio.gather(*(asyncio.to_thread(post, url, body) for _ in range(2)))
+                assert [answer.status_code for answer in answers] == [200, 200]
+                names = [part["uuid"] for part in engine.seen[-1]["messages"][0]["content"][:3]]
+                assert names[0] == names[2] != names[1] and names[0].startswith("es-")
+                embeddings = [await receiver.receive(name, timeout=10) for name in dict.fromkeys(names)]
+                assert [embedding.items[0].tokens for embedding in embeddings] == [4, 6]
+                assert post(url, chat(image(b"no image"))).status_code == 400
+
+    asyncio.run(ask())
 
 
 def test_options_are_checked(tmp_path):
@@ -164,7 +192,63 @@ def test_options_are_checked(tmp_path):
 def test_nothing_outside_v1_is_reached(route):
     """Dots in the path, plain or encoded, would be resolved on the way to the engine."""
     host, port = route.removeprefix("http://").split(":")
-    for path in ("/v1/../metrics", "/v1/%2e%2e/metrics"):
+    for path in (
+        "/v1/../metrics",
+        "/v1/%2e%2e/metrics",
+        "/v1/%252e%252e/metrics",
+        "/v1/%25252e./x",
+        "/v1/..%2fx",
+        "/v1/%5c..%5cx",
+        "/v1/x%00",
+        "/v1/x%250a",
+    ):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_paths_go_on_as_they_came(engine, route):
+    path = "/v1/files/a%20b%2Fc%25d?x=1&y=%26"
+    assert httpx.get(route + path).status_code == 200 and engine.paths[-1] == path
+
+
+def test_a_part_of_no_known_type_is_the_engines_business(fleet, engine, route):
+    assert post(route, chat({"type": []}, {"type": {}}, {"type": 5})).status_code == 200
+
+
+def test_whom_the_engine_does_not_know_gets_nothing_encoded(fleet, engine, tmp_path):
+    stored = set(fleet.store.iterdir())
+    engine.key = "right"
+    try:
+        with router(tmp_path, engine.url, fleet.urls) as live:
+            url = live.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
+            live.wait_for_log("startup complete")
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                answer = post(url, chat(image(png(64, 64, 77))), headers=headers)
+                assert answer.status_code == 401 and answer.json() == {"error": "Unauthorized"}
+            assert set(fleet.store.iterdir()) == stored
+            right = {"Authorization": "Bearer right"}
+            assert post(url, chat(image(png(64, 64, 77))), headers=right).status_code == 200
+            assert set(fleet.store.iterdir()) != stored
+    finally:
+        engine.key = ""
+
+
+def test_bodies_at_the_proxy_have_bounds_too(fleet, engine, tmp_path):
+    with router(tmp_path, engine.url, fleet.urls, "--max-inflight-mb", "8", "--max-requests", "4") as live:
+        url = live.wait_for_log(r"serving .* on (http://\S+:\d+)")[1]
+        live.wait_for_log("startup complete")
+        host, port = url.removeprefix("http://").split(":")
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 6000000\r\n\r\n"
+        with socket.create_connection((host, int(port))) as one, socket.create_connection((host, int(port))) as other:
+            for connection in (one, other):
+                connection.sendall(head + b"x" * 5_900_000)
+            one.settimeout(10), other.settimeout(10)
+            assert b"429" in _first(one, other)
+        assert post(url, chat()).status_code == 200
+
+
+def _first(*connections: socket.socket) -> bytes:
+    """What arrives first at any of them."""
+    ready, _, _ = select.select(connections, [], [], 20)
+    return ready[0].recv(100) if ready else b""

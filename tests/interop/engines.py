@@ -127,7 +127,7 @@ def our_encoder(checkpoint: Path, log: Path, bootstrap: str, *options: str) -> E
     """Ours."""
     port = free_port()
     command = [sys.executable, "-m", "encode_server.cli", "serve", str(checkpoint), "--register-url", bootstrap]
-    given = f"--engine sglang --device cpu --dtype float32 --port {port}".split()
+    given = f"--protocol sglang --device cpu --dtype float32 --port {port}".split()
     return Engine([*command, *given, *options], port, log)
 
 

@@ -1,7 +1,7 @@
 """A real SGLang 0.5.23 with its own encoder, then with ours: the same checkpoint gives the same answers.
 
 `uv run pytest -m interop -s` makes the virtual environment (8 GB) on first use, in SGLANG_VENV or the user's cache, and
-takes some ten minutes on two cores. It prints the table of docs/interop.md.
+takes some ten minutes on two cores. It prints the table of docs/sglang.md.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_the_same_answers(bench, encoders, question):
 @pytest.mark.parametrize("encoders", ["ours", "two of ours"])
 @pytest.mark.parametrize("question", ["video", "image and video"])
 def test_video_makes_as_many_tokens(bench, encoders, question):
-    """Which frames are taken differs by a fraction of a second; see docs/interop.md."""
+    """Which frames are taken differs by a fraction of a second; see docs/sglang.md."""
     assert difference(bench, encoders, question) < 0.5
 
 

@@ -6,9 +6,11 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
+from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
 
 Jobs = Mapping[str, tuple[Path, Mapping[Modality, Sequence[Mapping[str, torch.Tensor]]]]]
@@ -16,9 +18,14 @@ Jobs = Mapping[str, tuple[Path, Mapping[Modality, Sequence[Mapping[str, torch.Te
 
 
 def encode_with_ranks(
-    jobs: Jobs, world: int, scratch: Path, *, timeout_s: float = 220
+    jobs: Jobs,
+    world: int,
+    scratch: Path,
+    *,
+    facts: Mapping[str, Facts | None] | None = None,
+    timeout_s: float = 220,
 ) -> list[dict[str, torch.Tensor]]:
-    """Per rank: `name/modality/item` → embedding."""
+    """Per rank: `name/modality/item` → embedding. `facts`: of the checkpoints that were inspected."""
     inputs = {
         f"{name}/{modality}/{index:03}/{key}": tensor
         for name, (_, batches) in jobs.items()
@@ -27,6 +34,7 @@ def encode_with_ranks(
         for key, tensor in item.items()
     }
     save_file(inputs, scratch / "inputs")
+    (scratch / "facts").write_bytes(msgspec.msgpack.encode(facts or {}))
     paths = {name: str(path) for name, (path, _) in jobs.items()}
     context = multiprocessing.get_context("spawn")
     ranks = [
@@ -56,8 +64,9 @@ def _rank(rank: int, world: int, paths: Mapping[str, str], scratch: str) -> None
         name, modality, index, part = key.split("/")
         batches.setdefault((name, modality), {}).setdefault(index, {})[part] = tensor
     outputs = {}
+    facts = msgspec.msgpack.decode(Path(scratch, "facts").read_bytes(), type=dict[str, Facts | None])
     for name, path in paths.items():
-        encoder = load_encoder(path, device="cpu", dtype="float32", rank=rank, world=world)
+        encoder = load_encoder(path, device="cpu", dtype="float32", rank=rank, world=world, facts=facts.get(name))
         for (owner, modality), items in batches.items():
             if owner == name:
                 for index, embedding in enumerate(encoder.forward(Modality(modality), list(items.values()))):

@@ -106,7 +106,7 @@ def _levels(output: Any) -> torch.Tensor:
 
 def video_inputs(path: Path, data: bytes, **options: Any) -> Any:
     """The checkpoint's own video processor's output for every frame of a GIF, sampling as its configuration says."""
-    frames, fps = _frames(data)
+    frames, fps = frames_of(data)
     metadata = transformers.video_utils.VideoMetadata(
         total_num_frames=len(frames), fps=fps, duration=len(frames) / fps, height=frames.shape[1], width=frames.shape[2]
     )
@@ -114,7 +114,8 @@ def video_inputs(path: Path, data: bytes, **options: Any) -> Any:
     return processor(videos=[frames], video_metadata=[metadata], return_tensors="pt", return_metadata=True, **options)
 
 
-def _frames(data: bytes) -> tuple[npt.NDArray[np.uint8], float]:
+def frames_of(data: bytes) -> tuple[npt.NDArray[np.uint8], float]:
+    """All frames of a clip, uint8 [n, height, width, 3], and how many there are per second."""
     import av
 
     with av.open(BytesIO(data)) as container:

@@ -59,6 +59,11 @@ def _narrow(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+def _cut_short(path: Path) -> None:
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[:-100])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -67,11 +72,15 @@ def _narrow(path: Path) -> None:
         (lambda path: (path / "config.json").write_text("[]"), "config.json is not a JSON object"),
         (lambda path: (path / "model.safetensors").unlink(), r"no \*\.safetensors file"),
         (lambda path: (path / "model.safetensors").write_bytes(b"x" * 100), "is not a readable safetensors file"),
-        (lambda path: _edit_config(path, model_type="llama"), "model_type 'llama' is not supported; .*qwen2_5_vl"),
+        (
+            lambda path: _edit_config(path, model_type="llama"),
+            "model_type 'llama' is not supported; .* no image, video",
+        ),
         (lambda path: _edit_config(path, vision_config=None), "config.json has no vision_config"),
         (_drop_weights, r"lacks 6 encoder tensors: model\.visual\.blocks\.1\.mlp\.down_proj\.bias"),
         (_language_only, "hold no encoder weights"),
         (_narrow, "does not match its config.json"),
+        (_cut_short, r"model\.safetensors is cut short: .* ends at byte \d+, the file at byte \d+"),
         (
             lambda path: (path / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"visual.a": "gone.safetensors"}}'

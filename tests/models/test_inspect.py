@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
@@ -60,6 +65,57 @@ def test_what_cannot_work_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def _reshape(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    weights["visual.blocks.1.mlp.gate_proj.weight"] = torch.zeros(8, 8)
+
+
+def _drop(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    del weights["visual.blocks.1.mlp.gate_proj.weight"]
+
+
+def _shrink(weights: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["vision_config"]["num_heads"] = "four"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_reshape, r"gate_proj\.weight in model\.safetensors has shape \[8, 8\], expected \[90, 64\]"),
+        (_drop, r"lacks 1 encoder tensors: model\.visual\.blocks\.1\.mlp\.gate_proj\.weight"),
+        (_shrink, "num_heads of the vision tower is 'four'"),
+    ],
+)
+def test_a_bad_checkpoint_is_found_out_before_a_rank_starts(
+    checkpoints: Checkpoints, tmp_path: Path, damage: Callable[..., None], message: str
+) -> None:
+    copy = Path(shutil.copytree(checkpoints.path("qwen2_5_vl"), tmp_path / "copy"))
+    weights = {name: weight.clone() for name, weight in load_file(copy / "model.safetensors").items()}
+    config = json.loads((copy / "config.json").read_text())
+    damage(weights, config)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match=message) as caught:
+        inspect((str(copy), None, 1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gemma3_text"}, "gives no image, video or audio features"),
+        ({"model_type": "internvl_chat", "auto_map": {}}, "never run, use its conversion"),
+        ({"model_type": "llava", "vision_config": {"model_type": "nothing"}}, "config.json is not valid"),
+        ({}, "names no model_type"),
+    ],
+)
+def test_a_configuration_without_an_encoder_is_one_line(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(StartupError, match=message) as caught:
+        inspect((str(tmp_path), None, 1))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_modules_to_preload_exist(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -68,7 +124,7 @@ def test_modules_to_preload_exist(tmp_path: Path, model_type: str) -> None:
     assert all(find_spec(module) for module in modules)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "llama"}', '{"model_type": []}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "nothing"}', '{"model_type": []}'])
 def test_nothing_is_preloaded_for_a_checkpoint_that_cannot_be_used(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)

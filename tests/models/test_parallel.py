@@ -13,9 +13,9 @@ from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import load_encoder
-from encode_server.models.families.qwen_vl import QwenVL
-from encode_server.models.parallel import Style, shard
+from encode_server.models.parallel import cut, shard
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.structure import Block
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
 from tests.models import samples
@@ -98,7 +98,7 @@ def test_a_full_size_tower_is_divided_by_the_number_of_ranks(world: int) -> None
     whole = _bytes(tower())
     for rank in range(world):
         model = tower()
-        shard(model, QwenVL.plan, rank=rank, world=world)
+        shard(model, rank=rank, world=world)
         assert 1 / world < _bytes(model) / whole < 1 / world + 0.01
 
 
@@ -107,14 +107,10 @@ def test_fused_qkv_keeps_whole_heads_of_each_part() -> None:
     qkv = nn.Linear(1, 24)
     qkv.weight.data = torch.arange(24.0)[:, None]
     qkv.bias.data = 100 + torch.arange(24.0)
-    shard(holder := nn.ModuleDict({"qkv": qkv}), {"qkv": Style.FUSED_QKV}, rank=1, world=2)
+    holder = nn.ModuleDict({"qkv": qkv, "proj": nn.Linear(8, 1)})
+    cut(holder, [Block("", "Attention", ("qkv",), "proj", ((8, 8, 8),))], rank=1, world=2)
     assert holder["qkv"].weight.flatten().tolist() == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]
     assert holder["qkv"].bias.tolist() == [104, 105, 106, 107, 112, 113, 114, 115, 120, 121, 122, 123]
-
-
-def test_a_plan_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(StartupError, match="no module of this model matches 'absent'"):
-        shard(nn.Linear(2, 2), {"absent": Style.COLUMN}, rank=0, world=2)
 
 
 def test_heads_that_cannot_be_divided_are_refused(checkpoints: Checkpoints) -> None:

@@ -50,7 +50,7 @@ def test_a_body_too_many_is_refused_before_it_is_read():
     with gate.admit("a", 600):
         with pytest.raises(TooBusy, match="media") as refused:
             enter(gate, "b", 600)
-        assert refused.value.bound == "media"
+        assert refused.value.bound == "bytes"
         leave(enter(gate, "b", 300))
     assert gate.held.bytes == 0
     leave(enter(gate, "b", 5000))  # larger than the bound, but nothing else is there: it may try

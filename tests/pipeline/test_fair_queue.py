@@ -13,6 +13,7 @@ BUDGETS = dict.fromkeys(Modality, 100)
 class Piece:
     job: "Item"
     cost: int
+    pairs: int = 0
 
 
 @dataclass(eq=False)

@@ -3,58 +3,20 @@
 import asyncio
 import os
 import signal
-from pathlib import Path
 
 import httpx
 import pytest
 
 from encode_server.client import EncodeClient, EncodeServerError
-from tests.live import LiveServer, eventually
+from tests.live import eventually
+from tests.server.faults import Load, all_equal, encode_all, start, until_in_work
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
-FAULTS = str(Path(__file__).parents[2] / "benchmarks" / "faults")
 SIZE = {"kill": (364, 28), "hang": (392, 28), "memory": (420, 28), "error": (448, 28), "alone": (476, 28)}
 
 
-def start(checkpoint, tmp, *options, faults=True):
-    environment = {"PYTHONPATH": FAULTS} if faults else {}
-    return LiveServer(checkpoint, tmp, "--cache-gb", "0", *options, environment=environment)
-
-
-async def encode_all(server, media):
-    """Each item as a request of its own; its embedding, or the error."""
-    async with EncodeClient(server.base_url) as client:
-
-        async def ask(item):
-            while True:
-                try:
-                    return await client.encode([item], "image", timeout_s=300)
-                except EncodeServerError as error:
-                    # Refused at the door while ranks restart: it has not been accepted, so ask again.
-                    if error.status != 503 or error.retry_after is None or server.process.poll() is not None:
-                        raise
-                    if "stopping" in error.message:
-                        raise
-                    await asyncio.sleep(0.2)
-
-        return await asyncio.gather(*map(ask, media), return_exceptions=True)
-
-
-async def until_in_work(server) -> None:
-    """Return once a batch is being encoded."""
-    async with httpx.AsyncClient(timeout=60) as client:
-        while "\nencode_batches_in_flight 0.0\n" in (await client.get(server.base_url + "/metrics")).text:
-            pass
-
-
-def all_equal(results, reference, media) -> bool:
-    assert not [str(result) for result in results if isinstance(result, Exception)]
-    return all(
-        abs(result.numpy() - reference.image(item)).max() <= 1e-4 for result, item in zip(results, media, strict=True)
-    )
-
-
+@pytest.mark.slow
 def test_work_in_flight_survives_the_death_of_a_rank(checkpoint, tmp_path, reference, picture):
     media = [picture(420, 420, seed) for seed in range(40)]
     with start(checkpoint, tmp_path / "s", "--tp", "2", faults=False) as server:
@@ -77,6 +39,7 @@ def test_work_in_flight_survives_the_death_of_a_rank(checkpoint, tmp_path, refer
         assert server.terminate() == 0 and server.leftovers() == []
 
 
+@pytest.mark.slow
 def test_poison_is_found_and_its_neighbours_are_answered(checkpoint, tmp_path, reference, picture):
     media = [picture(56, 56, seed) for seed in range(3)]
     with start(checkpoint, tmp_path / "s") as server:
@@ -88,6 +51,7 @@ def test_poison_is_found_and_its_neighbours_are_answered(checkpoint, tmp_path, r
         server.healthy()
 
 
+@pytest.mark.slow
 def test_a_hanging_forward_is_given_up(checkpoint, tmp_path, picture):
     with start(checkpoint, tmp_path / "s", "--stall-s", "2") as server:
         server.healthy()
@@ -97,6 +61,7 @@ def test_a_hanging_forward_is_given_up(checkpoint, tmp_path, picture):
         server.healthy()
 
 
+@pytest.mark.slow
 def test_out_of_memory_splits_the_batch(checkpoint, tmp_path, reference, picture):
     media = [picture(*SIZE["memory"], seed) for seed in range(12)]
     with start(checkpoint, tmp_path / "s") as server:
@@ -107,6 +72,7 @@ def test_out_of_memory_splits_the_batch(checkpoint, tmp_path, reference, picture
         assert os.path.exists(f"/proc/{rank}")  # noqa: PTH110
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_rank_is_not_waited_for(checkpoint, tmp_path, reference, picture):
     """The other rank waits in a collective for the one that has failed; the batch was too large, and is split."""
     media = [picture(*SIZE["alone"], seed) for seed in range(12)]
@@ -117,6 +83,7 @@ def test_out_of_memory_on_one_rank_is_not_waited_for(checkpoint, tmp_path, refer
         assert "batches are now at most" in server.log
 
 
+@pytest.mark.slow
 def test_an_error_of_one_item_spares_the_batch(checkpoint, tmp_path, reference, picture):
     media = [picture(56, 84, seed) for seed in range(6)]
     with start(checkpoint, tmp_path / "s") as server:
@@ -128,6 +95,7 @@ def test_an_error_of_one_item_spares_the_batch(checkpoint, tmp_path, reference, 
         assert all_equal(results, reference, media)
 
 
+@pytest.mark.slow
 def test_too_many_restarts_end_the_process(checkpoint, tmp_path):
     with start(checkpoint, tmp_path / "s", "--max-restarts", "0", faults=False) as server:
         server.healthy()
@@ -137,6 +105,7 @@ def test_too_many_restarts_end_the_process(checkpoint, tmp_path):
         assert eventually(lambda: server.leftovers() == [])
 
 
+@pytest.mark.slow
 def test_sigterm_lets_accepted_work_finish(checkpoint, tmp_path, reference, picture):
     media = [picture(420, 420, seed) for seed in range(24)]
     with start(checkpoint, tmp_path / "s", faults=False) as server:
@@ -157,6 +126,7 @@ def test_sigterm_lets_accepted_work_finish(checkpoint, tmp_path, reference, pict
         assert server.process.wait(60) == 0 and server.leftovers() == []
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_away_frees_what_it_held(checkpoint, tmp_path, picture):
     with start(checkpoint, tmp_path / "s", faults=False) as server:
         server.healthy()
@@ -189,3 +159,25 @@ def test_a_client_that_goes_away_frees_what_it_held(checkpoint, tmp_path, pictur
             line for line in text.splitlines() if line.startswith("encode_stage_seconds_count") and "forward" in line
         ]
         assert not forwarded or float(forwarded[0].split()[-1]) < 80  # most were dropped before their forward
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_that_follow_each_other_lose_nothing(checkpoint, tmp_path, reference, picture, kills):
+    """A second after each recovery: ranks that had got work done are started again immediately."""
+    media = [picture(140, 140, seed) for seed in range(8)]
+    with start(checkpoint, tmp_path / "s", faults=False) as server:
+        server.healthy()
+
+        async def scenario():
+            async with Load(server, media) as load:
+                for count in range(kills):
+                    await load.progress(6)
+                    (rank,) = server.rank_pids()
+                    os.kill(rank, signal.SIGKILL)
+                    pattern = "(?s)" + "ranks ready after.*" * (count + 2)
+                    await asyncio.to_thread(server.wait_for_log, pattern)
+                    await asyncio.sleep(1)
+            assert load.right(reference)
+
+        asyncio.run(scenario())
+        assert server.log.count("restarting in 0.00 s") == kills

@@ -1,4 +1,4 @@
-"""`--engine sglang` against a real server: what SGLang's prefill sends, and what it gets."""
+"""`--protocol sglang` against a real server: what SGLang's prefill sends, and what it gets."""
 
 import asyncio
 import base64
@@ -28,7 +28,7 @@ def live(checkpoint, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("sglang")
     with Bootstrap() as steady, Bootstrap() as late:
         late.__exit__()  # its port is free, and it comes up later
-        options = ("--engine", "sglang", "--send-timeout-s", str(SEND_TIMEOUT), "--undelivered-mb", "1", "--tp", "2")
+        options = ("--protocol", "sglang", "--send-timeout-s", str(SEND_TIMEOUT), "--undelivered-mb", "1", "--tp", "2")
         options += ("--client-share", "1", "--profile-dir", str(tmp / "traces"))
         options += ("--register-url", f"{steady.url},http://127.0.0.1:{late.port}/")
         with LiveServer(checkpoint, tmp / "run", *options) as server:

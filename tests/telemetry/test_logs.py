@@ -96,7 +96,7 @@ def test_an_exception_cannot_forge_a_line_either(log_as):
     except ValueError:
         logging.getLogger("x").exception("failed")
     first, *rest = stream.getvalue().splitlines()
-    assert first.endswith("ERROR x: failed") and rest and all(line.startswith("    ") for line in rest)
+    assert first.endswith("ERROR x: failed") and rest and all(line.startswith("  | ") for line in rest)
 
 
 def test_a_request_id_with_blanks_stays_one_word(log_as):

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from encode_server.delivery.base import Part
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.frames import SGLangFrames, torch_values
-from encode_server.delivery.sglang.registrations import Registration, Registrations
+from encode_server.delivery.sglang.registrations import Accepts, Offer, Registration, Registrations
 from encode_server.errors import DeadlineExceeded, EncodeError
 from encode_server.runtime.pools import Pace, run_sized
 from encode_server.wire.embedding import Encoded
@@ -80,13 +80,13 @@ class SGLangDeliveries:
         registration = Registration()
         endpoints = list(dict.fromkeys(endpoints))
         for endpoint in endpoints:
-            registration.add(endpoint, len(endpoints))
+            registration.add(Offer(endpoint, ""), len(endpoints))
         return SGLangPush(self._pusher, self._frames, self._pickles, self._pool, registration, self._wait_s)
 
     @contextlib.contextmanager
-    def to_registered(self, req_id: str) -> Iterator[SGLangPush]:
-        """To those who register for `req_id`, before or while the context is open."""
-        with self.registrations.use(req_id) as registration:
+    def to_registered(self, req_id: str, accepts: Accepts) -> Iterator[SGLangPush]:
+        """To those who register for `req_id`, before or while the context is open, and are accepted."""
+        with self.registrations.use(req_id, accepts) as registration:
             yield SGLangPush(self._pusher, self._frames, self._pickles, self._pool, registration, self._wait_s)
 
     def close(self) -> None:

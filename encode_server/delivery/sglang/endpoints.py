@@ -11,17 +11,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server.delivery.destinations import DestinationPolicy
-from encode_server.delivery.sglang.registrations import Registrations
+from encode_server.delivery.sglang.registrations import Offer, Registrations
 from encode_server.errors import BadRequest
 from encode_server.runtime.bodies import read_small
+
+MAX_RECEIVERS = 64  # ranks of one prefill; each costs a socket and a push
 
 
 class ReceiveUrl(msgspec.Struct):
     """`POST /scheduler_receive_url`: one rank's PULL socket, `host:port`, and how many ranks want this part."""
 
     req_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-    receive_url: str
-    receive_count: Annotated[int, msgspec.Meta(ge=1)]
+    receive_url: Annotated[str, msgspec.Meta(max_length=300)]
+    receive_count: Annotated[int, msgspec.Meta(ge=1, le=MAX_RECEIVERS)]
 
 
 def add_sglang_routes(
@@ -34,11 +36,11 @@ def add_sglang_routes(
 
     @router.post("/scheduler_receive_url", summary="A prefill rank says where it receives a part (SGLang)")
     async def scheduler_receive_url(request: Request) -> Response:
-        check_key(request)
+        client = check_key(request)
         body = await read_small(request, ReceiveUrl)
         host, port = _split(body.receive_url)
-        endpoint = await policy.endpoint(host, port, "receive_url")
-        registrations().register(body.req_id, endpoint, body.receive_count)
+        endpoint = await policy.endpoint(host, port, "receive_url", client)
+        registrations().register(body.req_id, Offer(endpoint, client), body.receive_count)
         return Response(b"null", media_type="application/json")
 
 

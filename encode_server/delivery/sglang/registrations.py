@@ -4,94 +4,171 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 
-from encode_server.errors import BadRequest
+from encode_server.errors import BadRequest, TooBusy
 
 EARLY_S = 180.0  # how long a destination may be there before its /encode is
 MAX_EARLY = 16384
+MAX_OFFERS = 256  # destinations of one req_id, of all who register for it
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A destination, `tcp://address:port`, and the client that registered it."""
+
+    endpoint: str
+    client: str
+
+    @property
+    def address(self) -> str:
+        """The endpoint's IP address."""
+        return self.endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+
+
+Accepts = Callable[[Offer], bool]
 
 
 class Registration:
-    """The destinations of one req_id: `wanted` of them, None until the first says how many."""
+    """The destinations offered for one req_id. A stranger who knows the req_id may offer some, too: `accepts` says
+    which of them count, once the request itself has come."""
 
     def __init__(self) -> None:
-        self.wanted: int | None = None
-        self.endpoints: list[str] = []
-        self.users = 0  # parts in work that go to them
-        self.expiry: asyncio.TimerHandle | None = None
+        self.users = 0  # parts in progress that go to them
+        self._offers: dict[Offer, int] = {}  # and how many destinations each says there are
+        self._accepts: Accepts = lambda offer: True
         self._changed = asyncio.Event()
 
-    def add(self, endpoint: str, wanted: int) -> None:
-        """Add a destination; the same one again changes nothing.
+    @property
+    def wanted(self) -> int | None:
+        """How many destinations there will be, None until the first that counts has said so."""
+        return next((wanted for offer, wanted in self._offers.items() if self._accepts(offer)), None)
 
-        Raises BadRequest when the number wanted changes or is exceeded.
+    @property
+    def endpoints(self) -> list[str]:
+        """The destinations that count, in the order in which they came, no more than are wanted."""
+        return list(dict.fromkeys(offer.endpoint for offer in self._offers if self._accepts(offer)))[: self.wanted]
+
+    def offers(self) -> list[Offer]:
+        """All destinations offered."""
+        return list(self._offers)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody has offered a destination."""
+        return not self._offers
+
+    def accept(self, accepts: Accepts) -> None:
+        """Say which destinations count from now on."""
+        self._accepts = accepts
+        self._announce()
+
+    def add(self, offer: Offer, wanted: int) -> bool:
+        """Add a destination; False when it was there already.
+
+        Raises BadRequest when the destinations of one address contradict each other or are more than they say, TooBusy
+        when there are too many altogether.
         """
-        if self.wanted not in (None, wanted):
-            raise BadRequest(f"receive_count is {wanted}, an earlier registration of this req_id said {self.wanted}")
-        if endpoint in self.endpoints:
-            return
-        if len(self.endpoints) >= wanted:
+        if offer in self._offers:
+            return False
+        beside = {other: count for other, count in self._offers.items() if other.address == offer.address}
+        for count in beside.values():
+            if count != wanted:
+                raise BadRequest(f"receive_count is {wanted}, an earlier registration of this req_id said {count}")
+        if len(beside) >= wanted:
             raise BadRequest(f"receive_count is {wanted}, and as many other destinations are registered already")
-        self.wanted = wanted
-        self.endpoints.append(endpoint)
-        self._changed.set()
-        self._changed = asyncio.Event()
+        if len(self._offers) >= MAX_OFFERS:
+            raise TooBusy(f"{MAX_OFFERS} destinations are registered for this req_id already")
+        self._offers[offer] = wanted
+        self._announce()
+        return True
+
+    def remove(self, offer: Offer) -> None:
+        """Forget a destination."""
+        self._offers.pop(offer, None)
 
     async def arrivals(self) -> AsyncIterator[str]:
         """Each destination once, as they come, until all that are wanted came."""
-        given = 0
-        while self.wanted is None or given < self.wanted:
-            if given == len(self.endpoints):
+        given: set[str] = set()
+        while self.wanted is None or len(given) < self.wanted:
+            new = [endpoint for endpoint in self.endpoints if endpoint not in given]
+            if not new:
                 await self._changed.wait()
                 continue
-            yield self.endpoints[given]
-            given += 1
+            for endpoint in new:
+                given.add(endpoint)
+                yield endpoint
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 class Registrations:
-    """All registrations. One that no part in work uses is forgotten after `early_s` seconds, the oldest first where
-    there are more than `max_early`."""
+    """All registrations. A destination for which no part in progress asks is forgotten after `early_s` seconds, or when
+    there are more than `max_early`: then the oldest of the client that has most of them."""
 
     def __init__(self, early_s: float = EARLY_S, max_early: int = MAX_EARLY) -> None:
         self._early_s, self._max_early = early_s, max_early
-        self._used: dict[str, Registration] = {}
-        self._early: dict[str, Registration] = {}
+        self._known: dict[str, Registration] = {}
+        self._early: dict[str, dict[tuple[str, Offer], asyncio.TimerHandle]] = {}  # by client, the oldest first
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._used) + len(self._early)
+        return len(self._known)
 
-    def register(self, req_id: str, endpoint: str, wanted: int) -> None:
-        """Note that `endpoint` wants this part, `wanted` destinations in all. Raises BadRequest, see `Registration`."""
-        registration = self._used.get(req_id) or self._early.get(req_id)
-        if registration is None:
-            registration = self._early[req_id] = Registration()
-            loop = asyncio.get_running_loop()
-            registration.expiry = loop.call_later(self._early_s, self._drop, req_id)
-            if len(self._early) > self._max_early:
-                self._drop(next(iter(self._early)))
-        registration.add(endpoint, wanted)
+    def register(self, req_id: str, offer: Offer, wanted: int) -> None:
+        """Note that `offer` wants this part, `wanted` destinations in all. Raises as `Registration.add` does."""
+        registration = self._known.get(req_id) or Registration()
+        if not registration.add(offer, wanted):
+            return
+        self._known[req_id] = registration
+        timer = asyncio.get_running_loop().call_later(self._early_s, self._expire, req_id, offer)
+        self._early.setdefault(offer.client, {})[req_id, offer] = timer
+        self._count += 1
+        if self._count > self._max_early:
+            most = max(self._early.values(), key=len)
+            self._expire(*next(iter(most)))
 
     @contextlib.contextmanager
-    def use(self, req_id: str) -> Iterator[Registration]:
-        """The registration of a part while it is in work; forgotten afterwards, with what came for it."""
-        registration = self._used.get(req_id) or self._drop(req_id) or Registration()
-        self._used[req_id] = registration
+    def use(self, req_id: str, accepts: Accepts = lambda offer: True) -> Iterator[Registration]:
+        """The registration of a part in progress; forgotten afterwards, with what came for it."""
+        registration = self._known.setdefault(req_id, Registration())
         registration.users += 1
+        registration.accept(accepts)
         try:
             yield registration
         finally:
             registration.users -= 1
             if not registration.users:
-                del self._used[req_id]
+                for offer in registration.offers():
+                    self._forget(req_id, offer)
+                del self._known[req_id]
 
     def close(self) -> None:
         """Forget everything."""
-        for req_id in list(self._early):
-            self._drop(req_id)
+        for early in list(self._early.values()):
+            for req_id, offer in list(early):
+                self._expire(req_id, offer)
 
-    def _drop(self, req_id: str) -> Registration | None:
-        registration = self._early.pop(req_id, None)
-        if registration is not None and registration.expiry is not None:
-            registration.expiry.cancel()
-        return registration
+    def _expire(self, req_id: str, offer: Offer) -> None:
+        """The destination has waited too long, or others need its place. One that is in use stays until its part has
+        ended."""
+        self._forget(req_id, offer)
+        registration = self._known.get(req_id)
+        if registration is None or registration.users:
+            return
+        registration.remove(offer)
+        if registration.empty:
+            del self._known[req_id]
+
+    def _forget(self, req_id: str, offer: Offer) -> None:
+        """Count the destination no longer."""
+        early = self._early.get(offer.client, {})
+        timer = early.pop((req_id, offer), None)
+        if timer is not None:
+            timer.cancel()
+            self._count -= 1
+        if not early:
+            self._early.pop(offer.client, None)

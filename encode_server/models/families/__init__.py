@@ -6,7 +6,7 @@ from importlib import import_module
 
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families.base import Family
-from encode_server.models.registry import check_supported
+from encode_server.models.registry import known
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -15,7 +15,11 @@ def family_of(checkpoint: Checkpoint) -> Family:
     Raises:
         StartupError: the architecture is not supported.
     """
-    architecture = check_supported(checkpoint)
+    architecture = known(checkpoint)
+    if architecture is None:
+        from encode_server.models.families.generic import Generic
+
+        return Generic(checkpoint)
     module, name = architecture.family.split(":")
     family: Family = getattr(import_module(f"{__name__}.{module}"), name)(checkpoint)
     return family

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from encode_server.models.checkpoint import Checkpoint
-from encode_server.models.parallel import Plan
 from encode_server.models.prepared import Prepared
+from encode_server.models.processors import load_part
 from encode_server.models.registry import check_supported
+from encode_server.models.speedups import Speedup
+from encode_server.models.weights import load_model, quiet
 from encode_server.wire.modality import Modality
 
 if TYPE_CHECKING:
@@ -26,26 +27,37 @@ Item = Mapping[str, torch.Tensor]
 
 
 class Family(ABC):
-    """An architecture's weights, parallel plan, forward and preprocessing. One instance per process and checkpoint."""
-
-    plan: ClassVar[Plan]
-    """What tensor parallelism does to the modules of `model_class`."""
-
-    variable_pixels: ClassVar[bool] = True
-    """Whether `min_pixels` and `max_pixels` mean something: false for towers of one fixed size."""
+    """An architecture's weights, forward and preprocessing. One instance per process and checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._weights = re.compile(check_supported(checkpoint).weights)
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """What the checkpoint has an encoder and a processor for."""
+        return check_supported(self.checkpoint).modalities
 
     # What ranks call.
 
-    def rename(self, key: str) -> str | None:
-        """The model's name of a checkpoint key (before transformers' own conversion); None if the key is not read."""
-        found = self._weights.match(key)
-        if found is None:
-            return None
-        return key[found.start("name") :] if "name" in self._weights.groupindex else key
+    @property
+    def speedups(self) -> frozenset[Speedup]:
+        """Changes for speed that leave the rows of this family alone."""
+        return frozenset(Speedup)
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Classes of modules that tensor parallelism must not cut, though they look as if it could."""
+        return frozenset()
+
+    def load(self, dtype: torch.dtype) -> nn.Module:
+        """The encoder on the CPU.
+
+        Raises:
+            StartupError: tensors are missing or have another shape than the configuration says.
+        """
+        with quiet():
+            model_class, config = self.model_class()
+        return load_model(model_class, config, self.checkpoint, required=self.required, dtype=dtype)
 
     def required(self, key: str) -> bool:
         """Whether the parameter `key` of the model must come from the checkpoint."""
@@ -65,7 +77,23 @@ class Family(ABC):
     ) -> list[torch.Tensor]:
         """Encode a batch: one [tokens, dim] tensor per item, on `device`."""
 
-    # What the front calls. `options` are keyword arguments for the checkpoint's own processor.
+    # What preparers call. `options` are keyword arguments for the checkpoint's own processor.
+
+    def load_processor(self, modality: Modality) -> Any:
+        """The image processor, video processor or feature extractor of the checkpoint.
+
+        Raises:
+            StartupError: it is missing or unreadable.
+        """
+        return load_part(self.checkpoint, modality)
+
+    def sampling(self, processor: Any) -> dict[str, Any] | None:
+        """Arguments that a video processor passes to its own `sample_frames`; None for the common ones."""
+        return None
+
+    def sizes_freely(self, processor: Any) -> bool:
+        """Whether `min_pixels` and `max_pixels` mean something: false for towers of one fixed size."""
+        return True
 
     def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
         """One RGB image, through the checkpoint's image processor."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from PIL import Image
 
 from encode_server.models.families.base import Family, Item, stack
-from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
 
@@ -17,8 +16,10 @@ from encode_server.wire.modality import Modality
 class ImageTower(Family):
     """A vision transformer over images of the size its image processor makes."""
 
-    variable_pixels = False
     class_tokens = 1
+
+    def sizes_freely(self, processor: Any) -> bool:
+        return False
 
     def dims(self, model: Any) -> dict[Modality, int]:
         return {Modality.IMAGE: int(model.config.hidden_size)}
@@ -60,14 +61,6 @@ class ImageTower(Family):
 class Clip(ImageTower):
     """CLIP's vision tower. Its last hidden state is the one before the post layer norm, as transformers returns it."""
 
-    plan: ClassVar[Plan] = {
-        r".*layers\.\d+\.self_attn": Style.HEADS,
-        r".*layers\.\d+\.self_attn\.(q|k|v)_proj": Style.COLUMN,
-        r".*layers\.\d+\.self_attn\.out_proj": Style.ROW,
-        r".*layers\.\d+\.mlp\.fc1": Style.COLUMN,
-        r".*layers\.\d+\.mlp\.fc2": Style.ROW,
-    }
-
     def config(self) -> Any:
         from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
@@ -83,7 +76,6 @@ class Siglip(ImageTower):
     """SigLIP's vision tower without the pooling head, which the last hidden state doesn't pass through."""
 
     class_tokens = 0
-    plan = Clip.plan
 
     def config(self) -> Any:
         from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
@@ -98,15 +90,6 @@ class Siglip(ImageTower):
 
 class Dinov2(ImageTower):
     """DINOv2's backbone, from a checkpoint of its own or of a classifier."""
-
-    # both transformers' names before and after its vision refactor
-    plan: ClassVar[Plan] = {
-        r".*layers?\.\d+\.attention(\.attention)?": Style.HEADS,
-        r".*layers?\.\d+\.attention\.(attention\.(query|key|value)|[qkv]_proj)": Style.COLUMN,
-        r".*layers?\.\d+\.attention\.(output\.dense|o_proj)": Style.ROW,
-        r".*layers?\.\d+\.mlp\.(fc1|gate_proj|up_proj)": Style.COLUMN,
-        r".*layers?\.\d+\.mlp\.(fc2|down_proj)": Style.ROW,
-    }
 
     def config(self) -> Any:
         from transformers.models.dinov2.configuration_dinov2 import Dinov2Config

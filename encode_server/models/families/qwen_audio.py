@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from encode_server.models.attention import Segments
 from encode_server.models.families.base import Family, Item, without_language_model
-from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token, padded_length, pooled_length
-from encode_server.models.parallel import Plan
+from encode_server.models.families.whisper import pad_to_one_token, padded_length, pooled_length
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
 
@@ -22,8 +21,6 @@ _REACH = 2  # mel frames behind the last frame of the audio that the convolution
 
 class QwenAudio(Family):
     """Tower plus projector; only the tokens of the audio without its padding, as the language side consumes them."""
-
-    plan: ClassVar[Plan] = {rf".*audio_tower\.{pattern}": style for pattern, style in ENCODER_PLAN.items()}
 
     def required(self, key: str) -> bool:
         return "audio_tower." in key or "multi_modal_projector." in key

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,21 +12,14 @@ from torch.nn import functional
 
 from encode_server.models.attention import Segments
 from encode_server.models.families.base import Item, without_language_model
-from encode_server.models.families.qwen_vl import VISION_PLAN, QwenVision, vision_dim
-from encode_server.models.families.whisper import ENCODER_PLAN, pad_to_one_token, padded_length, pooled_length
-from encode_server.models.parallel import Plan, Style
+from encode_server.models.families.qwen_vl import QwenVision, vision_dim
+from encode_server.models.families.whisper import pad_to_one_token, padded_length, pooled_length
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
 
 
 class QwenOmni(QwenVision):
     """The thinker's towers; talker and token2wav are never read."""
-
-    plan: ClassVar[Plan] = {
-        **VISION_PLAN,
-        r".*visual\.blocks\.\d+\.attn\.(q|k|v)": Style.COLUMN,
-        **{rf".*audio_tower\.{pattern}": style for pattern, style in ENCODER_PLAN.items()},
-    }
 
     def required(self, key: str) -> bool:
         return "visual." in key or "audio_tower." in key

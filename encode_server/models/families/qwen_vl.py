@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,21 +13,10 @@ from PIL import Image
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families.base import Family, Item, without_language_model
 from encode_server.models.layouts import Grid, VisionLayouts
-from encode_server.models.parallel import Plan, Style
 from encode_server.models.patches import ImagePatches, VideoPatches
 from encode_server.models.pixels import constants, pack, raw_options, unpack
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
-
-VISION_PLAN: Plan = {
-    r".*visual\.blocks\.\d+\.attn": Style.HEADS,
-    r".*visual\.blocks\.\d+\.attn\.proj": Style.ROW,
-    r".*visual\.blocks\.\d+\.mlp\.(gate_proj|up_proj|fc1|linear_fc1)": Style.COLUMN,
-    r".*visual\.blocks\.\d+\.mlp\.(down_proj|fc2|linear_fc2)": Style.ROW,
-    r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.0|linear_fc1)": Style.COLUMN,
-    r".*visual\.(merger|deepstack_merger_list\.\d+)\.(mlp\.2|linear_fc2)": Style.ROW,
-}
-"""All but q, k and v, which the VL models fuse and Omni does not."""
 
 
 class QwenVision(Family):
@@ -126,8 +115,6 @@ class QwenVision(Family):
 
 class QwenVL(QwenVision):
     """Qwen2-VL, Qwen2.5-VL, Qwen3-VL (dense and mixture of experts)."""
-
-    plan: ClassVar[Plan] = {**VISION_PLAN, r".*visual\.blocks\.\d+\.attn\.qkv": Style.FUSED_QKV}
 
     def required(self, key: str) -> bool:
         return "visual." in key

@@ -10,24 +10,14 @@ import numpy.typing as npt
 import torch
 
 from encode_server.models.families.base import Family, Item, stack
-from encode_server.models.parallel import Plan, Style
 from encode_server.models.prepared import Prepared
 from encode_server.wire.modality import Modality
 
-ENCODER_PLAN: Plan = {
-    r"layers\.\d+\.self_attn": Style.HEADS,
-    r"layers\.\d+\.self_attn\.(q|k|v)_proj": Style.COLUMN,
-    r"layers\.\d+\.self_attn\.out_proj": Style.ROW,
-    r"layers\.\d+\.fc1": Style.COLUMN,
-    r"layers\.\d+\.fc2": Style.ROW,
-}
 _LEAST_FRAMES = 100
 
 
 class Whisper(Family):
     """The encoder alone: its last hidden state over the 30 s window the extractor pads or cuts to."""
-
-    plan = ENCODER_PLAN
 
     def model_class(self) -> tuple[Any, Any]:
         from transformers.models.whisper.modeling_whisper import WhisperConfig, WhisperEncoder

@@ -1,0 +1,119 @@
+"""A multimodal model without its language model, built without memory behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from encode_server.models.generic.classes import ModelClass
+
+
+class Received(Exception):
+    """What the language model was about to receive. `embeddings`: [batch, tokens, dim]. `levels`: DeepStack levels,
+    each [image tokens, dim]."""
+
+    def __init__(self, embeddings: torch.Tensor, levels: list[torch.Tensor]) -> None:
+        super().__init__("the language model was reached")
+        self.embeddings, self.levels = embeddings, levels
+
+
+class _NoEmbedding(nn.Module):
+    """Stands for the language model's embedding table: every token is zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.embedding_dim = width
+        # Where zeros are made and of which dtype; it is moved and cast with the model.
+        self.register_buffer("like", torch.zeros(1), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Has the dtype and the device that callers ask the table for."""
+        return self.like  # type: ignore[return-value]
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*ids.shape, self.width, dtype=self.like.dtype, device=ids.device)  # type: ignore[arg-type]
+
+
+class NoLanguageModel(nn.Module):
+    """Stands where the language model stood, and raises `Received` with what arrives there."""
+
+    def __init__(self, config: Any, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = _NoEmbedding(width)
+        self.rope_deltas = None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_per_layer_inputs(self, *_: Any, **__: Any) -> None:
+        """Gemma's second embedding of text tokens; media have none."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        embeddings = kwargs.get("inputs_embeds")
+        levels = kwargs.get("deepstack_visual_embeds")
+        if embeddings is None:
+            raise ValueError("the language model is given no inputs_embeds")
+        raise Received(embeddings, list(levels) if levels is not None else [])
+
+
+def stripped(found: ModelClass) -> Any:
+    """A subclass of `found.cls` that builds no language model and no head.
+
+    transformers looks classes up by name and module, so the subclass keeps both.
+    """
+
+    class Stripped(found.cls):  # type: ignore[misc,name-defined]
+        _tied_weights_keys = None
+        _keys_to_ignore_on_load_unexpected = (r".*",)
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            _strip(self)
+
+    Stripped.__name__ = found.cls.__name__
+    Stripped.__qualname__ = found.cls.__qualname__
+    Stripped.__module__ = found.cls.__module__
+    return Stripped
+
+
+def skeleton(found: ModelClass) -> nn.Module:
+    """The stripped model on the meta device."""
+    with torch.device("meta"):
+        model: nn.Module = stripped(found)(found.config)
+    return model
+
+
+def _strip(model: Any) -> None:
+    decoder = model.get_decoder()
+    if decoder is None or decoder is model or _is_encoder_decoder(model):
+        return
+    head = model.get_output_embeddings()
+    try:
+        table = decoder.get_input_embeddings()
+    except NotImplementedError:
+        table = model.get_input_embeddings()
+    width = int(table.weight.shape[-1])
+    names = {id(module): name for name, module in model.named_modules()}
+    if head is not None and id(head) in names:
+        model.set_submodule(names[id(head)], nn.Identity())
+    name = names.get(id(decoder))
+    if not name:
+        return
+    with torch.device("cpu") if not decoder_is_meta(decoder) else torch.device("meta"):
+        replacement = NoLanguageModel(decoder.config, width)
+    model.set_submodule(name, replacement)
+
+
+def decoder_is_meta(decoder: nn.Module) -> bool:
+    """Whether the language model has no memory behind it."""
+    return next(decoder.parameters()).is_meta
+
+
+def _is_encoder_decoder(model: Any) -> bool:
+    text = model.config.get_text_config()
+    return bool(getattr(text, "is_encoder_decoder", False))

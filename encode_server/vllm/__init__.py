@@ -1,0 +1,1 @@
+"""A connector that vLLM loads: it receives pushed embeddings, see `connector.py`. Imported inside vLLM's processes."""

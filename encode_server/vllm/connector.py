@@ -1,0 +1,232 @@
+"""`EncodeServerConnector`: vLLM takes embeddings that encode servers push, and encodes by itself what has not come.
+
+    --ec-transfer-config '{"ec_connector": "EncodeServerConnector", "ec_role": "ec_consumer",
+      "ec_connector_module_path": "encode_server.vllm.connector",
+      "ec_connector_extra_config": {"bind": "tcp://0.0.0.0:30100"}}'
+
+vLLM makes one connector in its scheduler process and one in each worker. The scheduler's receives, into shared memory;
+the workers' read from there. Nothing here raises into the engine: an exception would end it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from vllm.distributed.ec_transfer.ec_connector.base import (
+    ECConnectorBase,
+    ECConnectorMetadata,
+    ECConnectorRole,
+    ECConnectorWorkerMetadata,
+)
+
+from encode_server.vllm.inbox import Inbox
+from encode_server.vllm.shelf import Entry, Shelf, read
+from encode_server.wire.names import PUSHED_PREFIX
+
+logger = logging.getLogger("vllm.encode_server")  # vLLM shows what is logged below its own name
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+BIND = "tcp://127.0.0.1:30100"
+MAX_BYTES = 4 << 30
+MAX_ITEM_BYTES = 1 << 30
+LEASE_S = 60.0  # how long an entry stays that the scheduler was promised
+WAIT_S = 2.0  # for an embedding that was handed over and is still on its way
+MAX_AWAITED = 16384
+
+
+@dataclass
+class Loads(ECConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed where the type checker runs
+    """What the workers load in this step, by identifier."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+
+@dataclass
+class Missing(ECConnectorWorkerMetadata):  # type: ignore[misc]
+    """What a worker could not load, by identifier."""
+
+    identifiers: set[str]
+
+    def aggregate(self, other: ECConnectorWorkerMetadata) -> Missing:
+        """What any of two workers could not load."""
+        return Missing(self.identifiers | other.identifiers)
+
+
+class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
+    """See the module. Options, in `ec_connector_extra_config`: `bind` (tcp://ADDRESS:PORT), `max_bytes` of embeddings,
+    `lease_s`, `wait_s`. Raises zmq.ZMQError when the address cannot be had, ValueError for a role other than consumer:
+    that ends vLLM's start, as it should."""
+
+    def __init__(self, vllm_config: Any, role: ECConnectorRole) -> None:
+        super().__init__(vllm_config=vllm_config, role=role)
+        if self.is_producer:
+            raise ValueError("EncodeServerConnector consumes: give ec_role ec_consumer")
+        options = vllm_config.ec_transfer_config.get_from_extra_config
+        self._dtype: torch.dtype | None = getattr(vllm_config.model_config, "dtype", None)
+        self._wait_s = float(options("wait_s", WAIT_S))
+        self._shelf: Shelf | None = None
+        self._inbox: Inbox | None = None
+        self._promised: dict[str, Entry] = {}  # `has_cache_item` said yes in this step
+        self._loads = Loads()
+        self._readers: dict[str, set[str]] = {}  # requests that wait for a load, by identifier
+        self._awaited: dict[str, float] = {}  # when an identifier was first asked for in vain
+        self._unavailable: set[str] = set()
+        self._missing: set[str] = set()
+        if role == ECConnectorRole.SCHEDULER:
+            self._shelf = Shelf(int(options("max_bytes", MAX_BYTES)), float(options("lease_s", LEASE_S)))
+            try:
+                self._inbox = Inbox(str(options("bind", BIND)), self._shelf, MAX_ITEM_BYTES)
+            except Exception:
+                self._shelf.close()
+                raise
+            logger.info("embeddings are received at %s", self._inbox.endpoint)
+
+    def shutdown(self) -> None:
+        """Receive no more, and give the memory back."""
+        if self._inbox is not None:
+            self._inbox.close()
+        if self._shelf is not None:
+            self._shelf.close()
+
+    # The scheduler's side.
+
+    def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
+        """False, for a short time, while an embedding that was pushed for the request is still on its way."""
+        return _safely(True, self._all_here, request)
+
+    def has_cache_item(self, identifier: str) -> bool:
+        """Whether the workers can load this item; then the engine does not encode it."""
+        return _safely(False, self._promise, identifier)
+
+    def update_state_after_alloc(self, request: Any, index: int) -> None:
+        """The item has its place: the workers load it in this step if it was promised."""
+        _safely(None, self._schedule, request, index)
+
+    def build_connector_meta(self, scheduler_output: Any) -> ECConnectorMetadata:
+        """What the workers load in this step."""
+        loads, self._loads = self._loads, Loads()
+        self._promised.clear()
+        return loads
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """A worker could not load something: the requests that need it fail. Nothing can be encoded any more for a
+        step that has run."""
+        missing = getattr(connector_output, "ec_connector_worker_meta", None)
+        if isinstance(missing, Missing):
+            for identifier in missing.identifiers:
+                self._unavailable |= self._readers.pop(identifier, set())
+
+    def take_unavailable_requests(self) -> set[str]:
+        """Requests to fail, each once."""
+        taken, self._unavailable = self._unavailable, set()
+        return taken
+
+    def request_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+        """Nothing of the request is awaited any more."""
+        _safely(None, self._forget, request)
+        return False, None
+
+    def _all_here(self, request: Any) -> bool:
+        assert self._shelf is not None
+        here, now = True, time.monotonic()
+        for index, feature in enumerate(request.mm_features):
+            name = feature.identifier
+            if (entry := self._shelf.get(name)) is not None:
+                self._awaited.pop(name, None)
+                if entry.shape[0] != (expected := request.get_num_encoder_embeds(index)):
+                    logger.error("%s has %d rows, %d are expected: vLLM encodes it", name, entry.shape[0], expected)
+                    self._shelf.drop(name)
+            elif name.startswith(PUSHED_PREFIX):
+                if len(self._awaited) > MAX_AWAITED:
+                    self._awaited.clear()
+                here = here and now - self._awaited.setdefault(name, now) >= self._wait_s
+        return here
+
+    def _promise(self, identifier: str) -> bool:
+        assert self._shelf is not None
+        if (entry := self._shelf.get(identifier)) is None:
+            return False
+        self._promised[identifier] = entry
+        return True
+
+    def _schedule(self, request: Any, index: int) -> None:
+        name = request.mm_features[index].identifier
+        if (entry := self._promised.get(name)) is not None:
+            self._loads.entries[name] = entry
+            self._readers.setdefault(name, set()).add(request.request_id)
+
+    def _forget(self, request: Any) -> None:
+        for feature in request.mm_features:
+            self._awaited.pop(feature.identifier, None)
+            if (readers := self._readers.get(feature.identifier)) is not None:
+                readers.discard(request.request_id)
+                if not readers:
+                    del self._readers[feature.identifier]
+
+    # A worker's side.
+
+    def start_load_caches(self, encoder_cache: dict[str, torch.Tensor], **kwargs: Any) -> None:
+        """Load what the scheduler has promised. An item that cannot be loaded is zeros, and its requests fail."""
+        metadata = self._connector_metadata
+        if not isinstance(metadata, Loads):
+            return
+        for identifier, entry in metadata.entries.items():
+            if identifier in encoder_cache:
+                continue
+            try:
+                encoder_cache[identifier] = self._load(entry)
+                logger.debug("loaded %s, %d bytes", identifier, entry.nbytes)
+            except Exception:
+                logger.exception("an embedding cannot be loaded: its requests fail")
+                self._missing.add(identifier)
+                with contextlib.suppress(Exception):
+                    encoder_cache[identifier] = torch.zeros(entry.shape, dtype=self._dtype, device=_device())
+
+    def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
+        """What this engine encodes stays here."""
+
+    def build_connector_worker_meta(self) -> ECConnectorWorkerMetadata | None:
+        """What could not be loaded in this step."""
+        missing, self._missing = self._missing, set()
+        return Missing(missing) if missing else None
+
+    def _load(self, entry: Entry) -> torch.Tensor:
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        read(entry, raw.numpy().data)
+        stored: torch.dtype = getattr(torch, entry.dtype)
+        with _synchronising():
+            return raw.view(stored).reshape(entry.shape).to(device=_device(), dtype=self._dtype or stored)
+
+
+def _safely(otherwise: T, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The function's result, or `otherwise` when it raises."""
+    try:
+        return function(*args, **kwargs)
+    except Exception:
+        logger.exception("the encode server's connector failed: vLLM goes on without it")
+        return otherwise
+
+
+def _device() -> str:
+    from vllm.platforms import current_platform
+
+    device = str(current_platform.device_type)
+    # A bare "cuda" is the first card, for every worker.
+    return f"{device}:{torch.cuda.current_device()}" if device == "cuda" else device
+
+
+def _synchronising() -> contextlib.AbstractContextManager[None]:
+    """vLLM may forbid waiting for the device; a copy from pageable memory does wait."""
+    try:
+        from vllm.utils.gpu_sync_debug import gpu_sync_allowed
+    except ImportError:
+        return contextlib.nullcontext()
+    return gpu_sync_allowed()  # type: ignore[no-any-return]

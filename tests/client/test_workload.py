@@ -1,0 +1,71 @@
+"""Which encoder is given what, by how much work each says it has."""
+
+from __future__ import annotations
+
+from encode_server.client.affinity import by_affinity
+from encode_server.client.encoders import Encoders
+from encode_server.client.http import EncodeClient
+from encode_server.wire.load import Load, load_from, load_headers
+
+URLS = ["http://a:1", "http://b:1", "http://c:1"]
+
+
+def encoders(choice="content"):
+    return Encoders(URLS, EncodeClient, choice, 5.0)
+
+
+def owned_by(url: str) -> bytes:
+    """A key whose owner is this encoder."""
+    return next(k for k in map(str.encode, map(str, range(1000))) if by_affinity(k, [(u, u) for u in URLS])[0] == url)
+
+
+def test_the_headers_say_what_the_load_is():
+    for load in (Load(0.0), Load(1.25, 51200.0)):
+        assert load_from(load_headers(load)) == load
+    assert load_from({}) is None and load_from({"X-Encode-Backlog-S": "soon"}) is None
+
+
+def test_an_item_goes_to_its_owner_until_another_could_begin_much_earlier():
+    pool = encoders()
+    a, b, c = pool.all
+    key = owned_by("http://a:1")
+    assert pool.pick(key) is a
+    a.work.say(Load(0.15)), b.work.say(Load(0.1)), c.work.say(Load(0.2))
+    assert pool.pick(key) is a, "a little busier is not worth encoding the item again"
+    a.work.say(Load(5.0))
+    assert pool.pick(key) is b
+
+
+def test_what_was_sent_since_the_encoder_spoke_counts():
+    pool = encoders()
+    for encoder in pool.all:
+        encoder.work.say(Load(0.0, 1000.0))
+    pool.all[0].work.note({"X-Encode-Item-Tokens": "500"})  # half a second each
+    key = owned_by("http://a:1")
+    given = []
+    for _ in range(9):
+        encoder = pool.pick(key)
+        given.append(encoder.url)
+        encoder.work.sent(1)
+    assert set(given) == set(URLS), "a burst of one image does not queue at its owner alone"
+
+
+def test_a_faster_encoder_is_given_more():
+    pool = encoders("least_loaded")
+    slow, fast, _ = pool.all
+    pool.remove("http://c:1")
+    slow.work.say(Load(0.0, 1000.0)), fast.work.say(Load(0.0, 4000.0))
+    slow.work.note({"X-Encode-Item-Tokens": "400"})
+    given = []
+    for _ in range(50):
+        encoder = pool.pick(b"k")
+        given.append(encoder)
+        encoder.work.sent(1)
+    assert given.count(fast) == 40
+
+
+def test_members_come_and_go():
+    pool = encoders()
+    pool.remove("http://a:1/")
+    assert [e.url for e in pool.all] == URLS[1:] and pool.pick(owned_by("http://a:1")).url in URLS[1:]
+    assert pool.add("http://a:1/") is pool.add("http://a:1") and len(pool.all) == 3

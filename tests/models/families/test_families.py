@@ -1,0 +1,184 @@
+"""Every family gives what its language model receives: alone, in a batch with others, and from ranks that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from encode_server.media.limits import MediaLimits
+from encode_server.models.checkpoint import resolve
+from encode_server.models.encoder import load_encoder
+from encode_server.models.inspect import inspect
+from encode_server.models.preprocess import Preprocessor
+from encode_server.wire.checkpoint import Batching, Facts, Proof, Route
+from encode_server.wire.modality import Modality
+from tests.models import samples
+from tests.models.families.builders import BUILDERS, write
+from tests.models.families.reference import Whole
+from tests.models.ranks import Jobs, encode_with_ranks
+from tests.models.reference import frames_of
+
+TOLERANCE = 1e-4
+SIZES = [(300, 420), (64, 64), (97, 233), (300, 900)]
+CLIPS = [(8, 90, 150), (4, 130, 90)]
+SECONDS = [1.93, 0.41, 3.3]
+
+IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
+PADDED, ROW, EQUAL, SHIFTED = Batching.PADDED, Batching.ROW, Batching.EQUAL, Batching.SHIFTED
+
+EXPECTED: Mapping[str, Mapping[Modality, Batching]] = {
+    "qwen3_5": {IMAGE: PADDED, VIDEO: PADDED},
+    "qwen3_asr": {AUDIO: PADDED},
+    "voxtral": {AUDIO: PADDED},
+    "glm4v": {IMAGE: PADDED, VIDEO: PADDED},
+    "kimi_k25": {IMAGE: PADDED},
+    "ernie4_5_vl_moe": {IMAGE: PADDED, VIDEO: PADDED},
+    "paddleocr_vl": {IMAGE: PADDED},
+    "llava": {IMAGE: PADDED},
+    "llava_pixtral": {IMAGE: PADDED},
+    "llava_next": {IMAGE: PADDED},
+    "llava_onevision": {IMAGE: PADDED, VIDEO: EQUAL},
+    "mistral3": {IMAGE: PADDED},
+    "internvl": {IMAGE: PADDED, VIDEO: PADDED},
+    "gemma3": {IMAGE: PADDED},
+    "paligemma": {IMAGE: PADDED},
+    "llama4": {IMAGE: PADDED},
+    "minicpmv4_6": {IMAGE: ROW, VIDEO: ROW},
+    "idefics3": {IMAGE: PADDED},
+    "smolvlm": {IMAGE: PADDED, VIDEO: PADDED},
+    "lfm2_vl": {IMAGE: PADDED},
+    "cohere2_vision": {IMAGE: PADDED},
+    "dots3_note": {IMAGE: PADDED, VIDEO: PADDED, AUDIO: PADDED},
+    "glm5_next": {IMAGE: PADDED, VIDEO: PADDED},
+    "glm4v_moe": {IMAGE: PADDED, VIDEO: PADDED},
+    "glm46v": {IMAGE: PADDED, VIDEO: PADDED},
+    "qwen3_5_moe": {IMAGE: PADDED, VIDEO: PADDED},
+    "qwen3_omni_moe_thinker": {IMAGE: PADDED, VIDEO: PADDED, AUDIO: EQUAL},
+    "gemma4": {IMAGE: PADDED, VIDEO: PADDED, AUDIO: PADDED},
+    "molmo2": {IMAGE: SHIFTED, VIDEO: SHIFTED},
+    "deepseek_ocr2": {IMAGE: PADDED},
+}
+"""What is offered of each family that has no rules of its own, and how its items share a call."""
+
+OWN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni_thinker"}
+LONG = {
+    *("glm4v_moe", "glm46v", "qwen3_5_moe", "qwen3_vl_moe"),  # as their siblings
+    *("qwen3_omni_moe_thinker", "gemma4", "molmo2", "deepseek_ocr2", "dots3_note", "glm5_next"),
+}
+"""Families whose tests take seconds each, or whose code is a sibling's."""
+
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in sorted({*EXPECTED, *OWN})]
+SHARED = ["qwen3_5", "internvl", "mistral3", "llama4", "qwen3_asr", "lfm2_vl"]
+"""Families that real ranks share over gloo: fused and separate q, k and v, gated MLPs and plain ones, projectors."""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+def _media(modality: Modality) -> list[bytes]:
+    if modality is IMAGE:
+        return [samples.png(*size, seed=seed) for seed, size in enumerate(SIZES)]
+    if modality is VIDEO:
+        return [samples.clip(*clip, fps=2, seed=seed) for seed, clip in enumerate(CLIPS)]
+    return [samples.wav(seconds, seed) for seed, seconds in enumerate(SECONDS)]
+
+
+def _received(whole: Whole, modality: Modality) -> list[torch.Tensor]:
+    if modality is IMAGE:
+        return [whole.image(samples.pixels(*size, seed)) for seed, size in enumerate(SIZES)]
+    if modality is VIDEO:
+        return [whole.video(*frames_of(clip)) for clip in _media(VIDEO)]
+    return [whole.audio(samples.samples(seconds, seed)) for seed, seconds in enumerate(SECONDS)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_those_that_the_language_model_receives(written: Path, family: str) -> None:
+    path = write(family, written / family)
+    found = inspect((str(path), None, 2))
+    encoder = load_encoder(str(path), device="cpu", dtype="float32", facts=found.facts)
+    preprocessor = Preprocessor(resolve(str(path)), MediaLimits())
+    whole = Whole(family, path)
+    if family in EXPECTED:
+        assert found.facts is not None
+        assert {name: facts.batching for name, facts in found.facts.modalities.items()} == EXPECTED[family]
+        assert {facts.proof for facts in found.facts.modalities.values()} == {Proof.RECEIVED}
+        assert not found.facts.whole, "shards that do not add up"
+    for modality in found.modalities:
+        if (family, modality) == ("qwen2_5_omni_thinker", VIDEO):
+            continue  # the processor's class sets other sizes than its video processor, which this family follows
+        items = [preprocessor.prepare(modality, data) for data in _media(modality)]
+        alone = [encoder.forward(modality, [item.tensors])[0] for item in items]
+        batch = encoder.forward(modality, [item.tensors for item in items])
+        for want, one, together, item in zip(_received(whole, modality), alone, batch, items, strict=True):
+            assert want.std() > 0.01, "the embedding is too flat to show an error"
+            assert want.shape == (item.tokens, encoder.info.dims[modality])
+            torch.testing.assert_close(one, want, atol=TOLERANCE, rtol=1e-6)
+            torch.testing.assert_close(together, want, atol=TOLERANCE, rtol=1e-6)
+        probe = preprocessor.prepare(modality, found.probes[modality])
+        [embedding] = encoder.forward(modality, [probe.tensors])
+        assert embedding.shape == (probe.tokens, encoder.info.dims[modality])
+        assert probe.tokens >= 1
+
+
+def test_ranks_that_share_an_encoder_agree_with_one_that_has_it_whole(written: Path, tmp_path: Path) -> None:
+    jobs: dict[str, tuple[Path, dict[Modality, list[dict[str, torch.Tensor]]]]] = {}
+    facts = {}
+    want = {}
+    for family in SHARED:
+        path = write(family, written / family)
+        found = inspect((str(path), None, 2))
+        facts[family] = found.facts
+        preprocessor = Preprocessor(resolve(str(path)), MediaLimits())
+        encoder = load_encoder(str(path), device="cpu", dtype="float32", facts=found.facts)
+        modality = found.modalities[0]
+        items = [preprocessor.prepare(modality, data).tensors for data in _media(modality)[:2]]
+        jobs[family] = (path, {modality: items})
+        want[family] = encoder.forward(modality, items)
+        part = load_encoder(str(path), device="cpu", dtype="float32", rank=1, world=2, facts=found.facts)
+        assert part.info.weight_bytes < encoder.info.weight_bytes
+    shared: Jobs = jobs
+    for outputs in encode_with_ranks(shared, 2, tmp_path, facts=facts):
+        for family, (_, batches) in jobs.items():
+            for modality in batches:
+                for index, row in enumerate(want[family]):
+                    got = outputs[f"{family}/{modality}/{index}"]
+                    torch.testing.assert_close(
+                        got, row, atol=TOLERANCE, rtol=1e-6, msg=lambda text, f=family: f"{f}: {text}"
+                    )
+
+
+def test_every_builder_is_tested() -> None:
+    assert set(BUILDERS) == {*EXPECTED, *OWN}
+
+
+def test_llama_4_goes_through_the_models_forward(written: Path) -> None:
+    """Its features method stops before the projector."""
+    facts = inspect((str(write("llama4", written / "llama4")), None, 1)).facts
+    assert facts is not None
+    assert facts.modalities[IMAGE].route is Route.FORWARD
+
+
+def test_a_modality_that_transformers_cannot_run_is_not_offered(written: Path) -> None:
+    """Kimi K2.5's video: its own forward splits more rows than it has."""
+    found = inspect((str(write("kimi_k25", written / "kimi_k25")), None, 1))
+    assert found.facts is not None
+    assert found.modalities == [IMAGE]
+    assert "split_with_sizes" in found.facts.refused[VIDEO]
+
+
+def test_heads_that_the_ranks_do_not_divide_stay_whole(written: Path) -> None:
+    found = inspect((str(write("gemma3", written / "gemma3")), None, 3))
+    assert found.facts is not None
+    assert found.facts.undivided == ["SiglipAttention"]
+    assert any("3 does not divide" in note for note in found.notes)
+
+
+def test_what_was_found_out_crosses_to_the_ranks(written: Path) -> None:
+    facts = inspect((str(write("gemma3", written / "gemma3")), None, 2)).facts
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(facts), type=Facts) == facts
