@@ -56,7 +56,7 @@ def test_the_stages_of_a_request_arrive_at_the_collector(checkpoint, tmp_path, p
         body = {"modality": "image", "mm_items": [base64.b64encode(picture(56, 56, 1)).decode()]}
         headers = {"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01", "baggage": "secret=1"}
         assert httpx.post(server.base_url + "/encode", json=body, headers=headers, timeout=60).status_code == 200
-        assert f"trace={TRACE}" in server.log
+        server.wait_for_log(f"trace={TRACE}", 10)
         assert server.terminate() == 0
     spans = [span for span in collector.spans if span.trace_id.hex() == TRACE]
     by_name = {span.name: span for span in spans}
