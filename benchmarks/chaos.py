@@ -1,4 +1,4 @@
-"""Load with faults: kills, hangs, poison, slow media, vanishing clients and destinations; every embedding is checked.
+"""Load with faults: kills, hangs, crashes, poison, slow media, vanishing peers; every embedding is checked.
 
 `python -m benchmarks.chaos --minutes 5 [--tp 2] [--json FILE]`. Exits 1 when an accepted request was lost or answered
 with a wrong embedding, when a fault had an effect it should not have, or when something was left behind.
@@ -29,6 +29,7 @@ from rich.table import Table
 from benchmarks import procfs
 from benchmarks.expected import Expected
 from benchmarks.monkeys import Monkeys
+from benchmarks.outcomes import refused
 from benchmarks.processes import ServerProcess
 from benchmarks.small import slope
 from encode_server.bench.client import LoadClient
@@ -53,7 +54,7 @@ class Ledger:
         status = result.response.status
         if result.ok:
             self.outcomes["delivered" if expected.right(result) else "wrong"] += 1
-        elif status in (429, 503) and "retry-after" in result.response.headers:
+        elif refused(result.response):
             self.outcomes["rejected"] += 1
         else:
             self.outcomes["lost"] += 1
@@ -86,14 +87,17 @@ class Outages:
 
 @dataclass
 class Memory:
-    """What the front holds, over time."""
+    """What the front holds, over time, and which files in /dev/shm its processes have used."""
 
     looks: list[tuple[float, float]] = field(default_factory=list)  # seconds, bytes
+    shared: set[str] = field(default_factory=set)
 
     async def watch(self, pid: int) -> None:
         """Look every five seconds until cancelled."""
         while True:
             self.looks.append((time.monotonic(), procfs.rss_bytes(pid)))
+            for process in (pid, *(process.pid for process in procfs.descendants(pid))):
+                self.shared |= procfs.shared_memory(process)
             await asyncio.sleep(5)
 
     @property
@@ -141,6 +145,7 @@ async def run(server: ServerProcess, arguments: argparse.Namespace, console: Con
             memory.watch(server.process.pid),
             monkeys.disasters(gap),
             monkeys.garbage(1.0),
+            monkeys.crashes(gap / 4),
             monkeys.slow_media(2.0),
             monkeys.destinations(1.0),
             monkeys.leavers(0.5),
@@ -161,7 +166,7 @@ async def run(server: ServerProcess, arguments: argparse.Namespace, console: Con
     await _until_quiet(server.url)
     client.close()
     document = _document(server, report, ledger, outages, monkeys, overload, before, _footprint(server))
-    return document | {"rss_mb_per_minute": memory.mb_per_minute}
+    return document | {"rss_mb_per_minute": memory.mb_per_minute, "shared_memory": sorted(memory.shared)}
 
 
 async def _overload(
@@ -179,13 +184,12 @@ async def _overload(
 
 
 def _footprint(server: ServerProcess) -> dict[str, float]:
-    """What the front holds: its own memory, open files, and what lies in shared memory."""
+    """What the front holds: its own memory, open files, room in the arena, requests."""
     pid = server.process.pid
     look = server.look()
     return {
         "front_rss_mb": procfs.rss_bytes(pid) / (1 << 20),
         "open_files": float(len(list(Path(f"/proc/{pid}/fd").iterdir()))),
-        "shared_memory_entries": float(len(list(Path("/dev/shm").iterdir()))),
         "arena_used_bytes": look.total("encode_arena_used_bytes"),
         "requests_in_progress": look.total("encode_requests_in_progress"),
     }
@@ -211,6 +215,8 @@ def _document(
         "rejected": outcomes["rejected"],
         "replayed_items": look.total("encode_replayed_items_total"),
         "group_restarts": look.total("encode_group_restarts_total"),
+        "preparer_restarts": look.total("encode_preparer_restarts_total"),
+        "items_prepared_again": look.total("encode_prepared_again_items_total"),
         "recover_s": {"median": sorted(outages.seconds)[len(outages.seconds) // 2], "max": max(outages.seconds)}
         if outages.seconds
         else {},
@@ -272,8 +278,13 @@ def main() -> int:
     try:
         document = uvloop.run(run(server, arguments, console))
     finally:
+        server.stop()
+        log = server.log()
         server.close()
-    document |= {"stop_s": server.stop_s, "exit_status": server.process.returncode}
+        if server.process.returncode:
+            console.print(log[-4000:], markup=False)
+    left = sum((Path("/dev/shm") / name).exists() for name in document.pop("shared_memory"))
+    document |= {"shared_memory_left_behind": left, "stop_s": server.stop_s, "exit_status": server.process.returncode}
     show(console, document)
     if arguments.json:
         arguments.json.write_text(json.dumps(document, indent=2))
@@ -282,7 +293,7 @@ def main() -> int:
         document["lost"] == document["wrong"] == 0
         and not document["surprises"]
         and after["arena_used_bytes"] == after["requests_in_progress"] == 0
-        and after["shared_memory_entries"] <= document["before"]["shared_memory_entries"]
+        and document["shared_memory_left_behind"] == 0
         and after["open_files"] <= document["before"]["open_files"] + 16
         and document["exit_status"] == 0
         # A few minutes say nothing about a slope.

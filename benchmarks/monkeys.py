@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import random
@@ -18,6 +19,7 @@ from benchmarks import procfs
 from encode_server.media.samples import noise
 
 POISON = {"kill": (364, 28), "error": (448, 28), "hang": (392, 28)}  # see benchmarks/faults
+DECODER_CRASH = b"crash the decoder"  # at the end of an image, see benchmarks/faults
 
 
 def _client() -> httpx.AsyncClient:
@@ -34,24 +36,39 @@ class Monkeys:
         self.surprises: Counter[str] = Counter()
 
     async def disasters(self, every_s: float) -> None:
-        """What costs the ranks, in turn: a rank killed, one stopped (its work hangs), pictures that do it to a forward.
+        """What costs processes, in turn: ranks, preparers and the forkserver killed, ranks and preparers stopped (their
+        work hangs), images that do it to a forward.
 
         The pause counts from when the server is ready again: ranks hit while they load would never serve.
         """
+        kill, stop = signal.SIGKILL, signal.SIGSTOP
+        disasters: list[str | tuple[str, signal.Signals]] = [
+            *(("rank", kill), ("preparer", kill), "error", ("rank", stop), ("preparer", stop)),
+            *("kill", ("forkserver", kill), "hang"),
+        ]
         async with _client() as client:
-            for disaster in itertools.cycle([signal.SIGKILL, "error", signal.SIGSTOP, "kill", "hang"]):
+            for disaster in itertools.cycle(disasters):
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
                 while (await client.get(self._url + "/readyz")).status_code != 200:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.2)
-                if isinstance(disaster, signal.Signals):
-                    os.kill(self._random.choice(procfs.ranks(self._front)), disaster)
-                    self.counts[f"ranks hit by {disaster.name}"] += 1
-                else:
+                if isinstance(disaster, str):
                     media = noise(*POISON[disaster], seed=self._random.randrange(1 << 30))
                     await self._expect(client, f"poison ({disaster})", media, {500, 503, 504}, {})
+                elif pids := procfs.of_kind(self._front, disaster[0]):
+                    with contextlib.suppress(ProcessLookupError):  # another disaster was faster
+                        os.kill(self._random.choice(pids), disaster[1])
+                        self.counts[f"{disaster[0]}s hit by {disaster[1].name}"] += 1
+
+    async def crashes(self, every_s: float) -> None:
+        """Send images that end the process that decodes them."""
+        async with _client() as client:
+            while True:
+                await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))
+                media = noise(64, 64, self._random.randrange(1 << 30)) + DECODER_CRASH
+                await self._expect(client, "decoders crashed", media, {400, 429, 503, 504}, {})
 
     async def garbage(self, every_s: float) -> None:
-        """Send what is no picture: half a file, noise, nothing."""
+        """Send what is no image: half a file, noise, nothing."""
         async with _client() as client:
             while True:
                 await asyncio.sleep(every_s * self._random.uniform(0.5, 1.5))

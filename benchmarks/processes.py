@@ -103,15 +103,18 @@ class ServerProcess:
         ends, or does not come so far in `timeout_s` seconds."""
         while (age := time.perf_counter() - self._started) < timeout_s:
             if self.process.poll() is not None:
-                self._log.seek(0)
-                text = self._log.read().decode(errors="replace")
-                raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{text[-2000:]}")
+                raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{self.log()[-2000:]}")
             try:
                 self._get(path)
                 return time.perf_counter() - self._started
             except (urllib.error.URLError, OSError):
                 time.sleep(0.02)
         raise RuntimeError(f"{path} did not answer 200 within {age:.0f} s")
+
+    def log(self) -> str:
+        """What it has written to its standard output and error so far. Call this method before `close`."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
 
     def look(self) -> Look:
         """Its metrics now."""
@@ -121,8 +124,8 @@ class ServerProcess:
         """Its CPU time now, its ranks' included."""
         return procfs.usage(self.process.pid)
 
-    def close(self) -> None:
-        """End it, politely at first."""
+    def stop(self) -> None:
+        """End it, politely at first. Its log can still be read."""
         if self.process.poll() is None:
             asked = time.perf_counter()
             self.process.send_signal(signal.SIGTERM)
@@ -132,6 +135,10 @@ class ServerProcess:
                 self.process.kill()  # its ranks die with it
                 self.process.wait()
             self.stop_s = time.perf_counter() - asked
+
+    def close(self) -> None:
+        """End it, and drop its log."""
+        self.stop()
         self._log.close()
 
     def _get(self, path: str) -> bytes:

@@ -112,6 +112,14 @@ def rss_bytes(pid: int) -> int:
     return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
+def shared_memory(pid: int) -> set[str]:
+    """Files in /dev/shm that the process has mapped, by name."""
+    try:
+        return set(re.findall(r"/dev/shm/(.+?)(?: \(deleted\))?$", Path(f"/proc/{pid}/maps").read_text(), re.MULTILINE))
+    except OSError:  # it has just ended
+        return set()
+
+
 def _pids() -> Iterable[int]:
     return (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
 

@@ -1,4 +1,4 @@
-"""The command line: `encode-server serve | demo | demo-model | bench | route`."""
+"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | route`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,17 @@ def main(argv: list[str] | None = None) -> int:
     demo_model = commands.add_parser("demo-model", help="write the demo checkpoint (random weights) to a directory")
     demo_model.add_argument("directory", type=Path, metavar="DIR")
 
+    commands.add_parser("models", help="list the model types that can be served, and how each is checked")
+
+    inspect = commands.add_parser(
+        "inspect", help="say what serving a checkpoint would take, without loading its weights"
+    )
+    inspect.add_argument("model", metavar="MODEL", help="a directory, a hub id or `demo`")
+    inspect.add_argument("--revision", metavar="REVISION", help="branch, tag or commit of a hub id")
+    inspect.add_argument(
+        "--image", metavar="WxH", action="append", help="an image size to count the tokens of; repeatable"
+    )
+
     bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
     add_bench_arguments(bench)
 
@@ -89,6 +100,17 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
 
         write_demo(options["directory"])
         print(f"wrote the demo checkpoint (its weights are random) to {options['directory']}")
+        return 0
+    if command == "models":
+        from encode_server.models.table import as_text, supported
+
+        print(as_text(supported()))
+        return 0
+    if command == "inspect":
+        from encode_server.models.report import report
+
+        sizes = {"sizes": tuple(options["image"])} if options["image"] else {}
+        print(report(options["model"], options["revision"], **sizes))
         return 0
     if command == "demo":
         once = options.pop("once")

@@ -23,6 +23,7 @@ Choice = Literal["content", "least_loaded"]
 
 PROBE_TIMEOUT_S = 3.0
 SICK_PROBE_S = 0.5
+PATIENT_PROBES = 20  # of a sick encoder, at SICK_PROBE_S; later ones are further and further apart
 MISSES = 2  # a machine that is short of CPU misses one now and then
 AHEAD_S = 0.1  # an item leaves its owner when another encoder could begin so much earlier, and
 AHEAD_ITEMS = 2.0  # so many times an item's device time earlier: elsewhere the item may have to be encoded again
@@ -172,9 +173,15 @@ class Encoders:
             if not encoder.suspected.is_set() and (well or misses >= MISSES):  # a suspicion is newer than the answer
                 self._judge(encoder, well)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SICK_PROBE_S if misses or not encoder.healthy else self._probe_s):
+                async with asyncio.timeout(self._pause(encoder, misses)):
                     await encoder.suspected.wait()
             await asyncio.sleep(0.05)  # whatever fails how fast: no busy loop
+
+    def _pause(self, encoder: Encoder, misses: int) -> float:
+        """Seconds until the next probe: soon for an encoder that was well a moment ago, seldom for one long gone."""
+        if not misses and encoder.healthy:
+            return self._probe_s
+        return min(self._probe_s, SICK_PROBE_S * max(1.0, misses / PATIENT_PROBES))
 
     def _judge(self, encoder: Encoder, healthy: bool) -> None:
         if encoder.healthy == healthy:

@@ -21,8 +21,7 @@ def check_tensors(family: Family) -> None:
             and its file), or no model can be built from the configuration.
     """
     checkpoint = family.checkpoint
-    with quiet():
-        model = _skeleton(family)
+    model = build_empty(family)
     wanted = model.state_dict()
     shards = {file: stored_tensors(file) for file in weight_files(checkpoint)}
     names = checkpoint.encoder_keys([key for tensors in shards.values() for key in tensors])
@@ -42,10 +41,15 @@ def check_tensors(family: Family) -> None:
         missing_tensors(checkpoint, [name for name in wanted if name not in there and family.required(name)])
 
 
-def _skeleton(family: Family) -> Any:
+def build_empty(family: Family) -> Any:
+    """The family's model without memory behind its weights.
+
+    Raises:
+        StartupError: no model can be built from the configuration, or a package is missing.
+    """
     try:
-        model_class, config = family.model_class()
-        with torch.device("meta"):
+        with quiet(), torch.device("meta"):
+            model_class, config = family.model_class()
             return model_class(config)
     except ImportError as error:
         raise StartupError(f"model {family.checkpoint.name!r} needs a package: {first_line(error)}") from error

@@ -60,12 +60,14 @@ class Router:
             timeout=options.encode_timeout_s,
         )
         members = self._encoders.members
-        self.fleet = Fleet(members, options.encoder_url, options.encoder_dns, DestinationPolicy(options.register_allow))
+        policy = DestinationPolicy(options.register_allow)
+        self.fleet = Fleet(members, options.encoder_url, options.encoder_dns, policy)
         self.sglang = None
         if options.protocol == "sglang":
             self.sglang = SGLangFace(
                 members,
                 self.fleet,
+                policy,
                 self.metrics,
                 timeout_s=options.encode_timeout_s,
                 max_body_bytes=options.max_body_mb << 20,

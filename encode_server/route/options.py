@@ -117,7 +117,11 @@ def add_route_options(parser: ArgumentParser) -> None:
     add_list("--register-url", "sglang: a bootstrap server to register this proxy with, as if it were an encoder")
     add("--advertise-host", metavar="HOST", help="host to register; none: this host's address towards the bootstrap")
     add("--advertise-port", type=int, metavar="PORT", help="port to register; none: --port")
-    add_list("--register-allow", "network or host beside private ones from which encoders may register", "NET")
+    add_list(
+        "--register-allow",
+        "network or host of encoders beside private ones, or of ranks on other hosts",
+        "NET",
+    )
     add_list("--api-keys", "a key that callers of /v1 need as `Authorization: Bearer`", "KEY")
     add("--ssl-certfile", metavar="PEM", help="certificate chain: serve HTTPS")
     add("--ssl-keyfile", metavar="PEM", help="its private key")

@@ -14,7 +14,7 @@ import msgspec
 from encode_server.client.encoders import Encoder, Encoders
 from encode_server.client.errors import ClientError, ServerUnreachable
 from encode_server.client.http import Answer
-from encode_server.delivery.sglang.registrations import Registration, Registrations
+from encode_server.delivery.sglang.registrations import Accepts, Registration, Registrations
 from encode_server.errors import DeadlineExceeded, DeliveryFailed
 from encode_server.wire.headers import ERRORS_HEADER, QUIET, TIMEOUT_HEADER
 
@@ -30,7 +30,7 @@ ANSWER_MARGIN_S = 2.0  # for the encoder's own answer to a missed deadline
 @dataclass(frozen=True)
 class PartRequest:
     """One `POST /encode` of SGLang. `key`: of its media. `items`: how many. `registers`: prefill ranks say where they
-    receive, in requests of their own. `deadline`: of `time.monotonic()`."""
+    receive, in requests of their own. `deadline`: of `time.monotonic()`. `accepts`: which registrations count."""
 
     req_id: str
     body: bytes
@@ -38,6 +38,7 @@ class PartRequest:
     items: int
     registers: bool
     deadline: float
+    accepts: Accepts = lambda offer: True
 
 
 @dataclass
@@ -70,7 +71,7 @@ class PartRelay:
         """The answer of the encoder that delivered the part, or the last that refused it. Raises DeadlineExceeded,
         DeliveryFailed."""
         counted, failed, last = 0, set[Encoder](), ""
-        with self._registrations.use(part.req_id) as registration:
+        with self._registrations.use(part.req_id, part.accepts) as registration:
             try:
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + part.deadline - time.monotonic()):
                     while True:

@@ -21,10 +21,11 @@ from encode_server.client.affinity import item_key
 from encode_server.client.encoders import Encoders
 from encode_server.client.http import Answer
 from encode_server.delivery.active import ActiveParts
+from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.endpoints import ReceiveUrl
-from encode_server.delivery.sglang.registrations import Offer, Registrations
+from encode_server.delivery.sglang.registrations import Accepts, Offer, Registrations
 from encode_server.delivery.undelivered import Undelivered
-from encode_server.errors import EncodeError
+from encode_server.errors import DeadlineExceeded, EncodeError
 from encode_server.route.fleet import Fleet
 from encode_server.route.parts import Journey, PartRelay, PartRequest
 from encode_server.route.telemetry import RouteMetrics, note
@@ -59,14 +60,16 @@ class SGLangFace:
         self,
         encoders: Encoders,
         fleet: Fleet,
+        policy: DestinationPolicy,
         metrics: RouteMetrics,
         *,
         timeout_s: float,
         max_body_bytes: int,
         max_waiting_bytes: int,
     ) -> None:
-        """`max_waiting_bytes`: of the bodies in progress; a caller beyond that waits, its body unread."""
-        self._fleet = fleet
+        """`policy`: hosts beside a prefill's own where its ranks may receive. `max_waiting_bytes`: of the bodies in
+        progress; a caller beyond that waits, its body unread."""
+        self._fleet, self._policy = fleet, policy
         self._timeout_s, self._max_body_bytes = timeout_s, max_body_bytes
         self._registrations = Registrations()
         self._active = ActiveParts()
@@ -91,7 +94,13 @@ class SGLangFace:
         deadline = time.monotonic() + self._timeout_s
         declared = request.headers.get("content-length", "")
         size = int(declared) if declared.isascii() and declared.isdigit() else self._max_body_bytes
-        async with self.held.hold(min(size, self._max_body_bytes), _client(request), patient=True):
+        async with contextlib.AsyncExitStack() as held:
+            room = self.held.hold(min(size, self._max_body_bytes), _client(request), patient=True)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await held.enter_async_context(room)
+            except TimeoutError:
+                raise DeadlineExceeded(f"no room for the request's body within {self._timeout_s:g} s") from None
             raw = bytes(await read_all(request, self._max_body_bytes))
             if len(raw) < IN_PLACE_BYTES:
                 body = from_json(raw, PartBody)
@@ -104,8 +113,23 @@ class SGLangFace:
                 items=len(body.mm_items),
                 registers=body.embedding_port is None,
                 deadline=deadline,
+                accepts=self._accepts(body.prefill_host or "", _client(request)),
             )
             return await self._delivered(request, part, body)
+
+    def _accepts(self, host: str, client: str) -> Accepts:
+        """Whoever knows a req_id may register for it. What counts is at the prefill's host, comes from where the part
+        came from, or is in a network that the operator named."""
+        own = host.strip("[]")
+
+        def accepts(offer: Offer) -> bool:
+            if offer.address == own or offer.client == client:
+                return True
+            with contextlib.suppress(ValueError):  # a name, not an address
+                return self._policy.named(offer.address)
+            return False
+
+        return accepts
 
     async def _delivered(self, request: Request, part: PartRequest, body: PartBody) -> Response:
         journey, host = Journey(), body.prefill_host or ""

@@ -53,7 +53,7 @@ class Child:
 
     def kill(self) -> None:
         """Send SIGKILL; `exited` says when the process is gone."""
-        if not self.exited.done():
+        if self._pidfd >= 0:  # else the process is gone, though `exited` may not say so yet
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Chaos, for a short while: ranks killed and stopped, poison, vanishing clients and destinations, under load."""
+"""Chaos, for a short while: processes killed and stopped, crashing decoders, poison, vanishing peers, under load."""
 
 import json
 
@@ -14,4 +14,6 @@ def test_chaos_loses_nothing(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["delivered"] > 0 and found["lost"] == found["wrong"] == 0
     assert found["group_restarts"] >= found["faults"]["ranks hit by SIGKILL"] >= 1
+    assert found["preparer_restarts"] >= found["faults"]["preparers hit by SIGKILL"] >= 1
+    assert found["faults"]["decoders crashed"]
     assert found["faults"]["clients gone"] and found["faults"]["destinations killed"] and found["faults"]["slow media"]

@@ -112,6 +112,16 @@ def test_the_same_media_goes_to_the_same_encoder_and_a_busy_one_is_passed_over(t
         assert "busy" in other.encoded
 
 
+def test_a_strangers_registration_takes_no_ranks_place(tmp_path):
+    with EncoderStandIn() as a, route(tmp_path, *to(a)) as live:
+        stranger = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"))
+        body = {"req_id": "r", "receive_count": 1, "receive_url": "127.0.0.3:9", "modality": "IMAGE"}
+        assert stranger.post(live.base_url + "/scheduler_receive_url", json=body).status_code == 200
+        prefill = Prefill(live.base_url)
+        assert prefill.ask("r").result().status_code == 200
+        assert prefill.ranks[0].came(1) == ["r"]
+
+
 def test_a_part_whose_encoder_dies_is_delivered_by_another(tmp_path):
     with EncoderStandIn("dies") as a, EncoderStandIn() as b, route(tmp_path, *to(a, b)) as live:
         prefill = Prefill(live.base_url, ranks=2)
@@ -291,3 +301,14 @@ def test_many_bodies_wait_unread(tmp_path):
         assert not a.asked.acquire(timeout=0.5)
         threading.Timer(0.1, a.hold.set).start()
         assert [part.result().status_code for part in parts] == [200] * 4
+
+
+def test_a_body_that_finds_no_room_in_time_is_said(tmp_path):
+    with EncoderStandIn() as a, route(tmp_path, *to(a), "--max-waiting-mb", "1", "--timeout-s", "1.5") as live:
+        prefill = Prefill(live.base_url)
+        a.hold.clear()
+        first = prefill.ask("r0", "0" * (900 << 10))
+        assert a.asked.acquire(timeout=30)
+        second = prefill.ask("r1", "1" * (900 << 10)).result()
+        a.hold.set()
+        assert second.status_code == 504 and first.result().status_code in (200, 504)

@@ -40,6 +40,9 @@ class Vllm:
         }
         module = [vllm_python(), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
         variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "DEBUG", "HF_HUB_OFFLINE": "1"}
+        if "--tensor-parallel-size" in options:  # each rank needs cores of its own
+            ranks = int(options[options.index("--tensor-parallel-size") + 1])
+            variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
         variables["PYTHONPATH"] = str(REPOSITORY)  # our connector
         with log.open("w") as output:
             self.process = subprocess.Popen(

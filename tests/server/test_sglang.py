@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
+from encode_server.client import EmbeddingReceiver, EncodeClient
 from encode_server.media import samples as demo_media
 from encode_server.pipeline.request import MediaItem
 from encode_server.wire.items import ItemOptions
@@ -98,6 +99,23 @@ def metric(live, name: str) -> float:
 def distance(data, expected: np.ndarray) -> float:
     assert tuple(data.shape) == expected.shape
     return float(np.abs(data.embedding.numpy() - expected).max())
+
+
+def test_one_server_pushes_both_engines_frames(live, rank, reference):
+    """The client asks for native frames, SGLang's prefill for nothing and gets its own."""
+    picture = png(70)
+
+    async def native():
+        async with EncodeClient(live.base_url) as client, EmbeddingReceiver() as receiver:
+            where = {"prefill_host": receiver.host, "embedding_port": receiver.port}
+            receipt = await client.push([picture], "image", req_id="es-name", **where)
+            return receipt, await receiver.receive("es-name", timeout=20)
+
+    receipt, embedding = asyncio.run(native())
+    assert receipt.shape == embedding.shape
+    assert np.abs(embedding.numpy() - reference.image(picture)).max() <= TOLERANCE
+    assert post(live, "/encode", body("s", data_uri(picture), port=rank.port)).json() is None
+    assert distance(rank.receive(), reference.image(picture)) <= TOLERANCE
 
 
 # To ports that the request names: zmq_to_tokenizer.

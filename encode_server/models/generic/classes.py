@@ -48,6 +48,10 @@ class ModelClass:
                 return name
         return None
 
+    def has_own(self, modality: Modality) -> bool:
+        """Whether there is a features method for just this modality."""
+        return any(hasattr(cls, f"get_{modality}_features") for cls in self._classes())
+
     def _classes(self) -> list[Any]:
         head = self.cls.__name__.removesuffix("ForConditionalGeneration").removesuffix("ForCausalLM")
         inner = vars(sys.modules[self.cls.__module__]).get(f"{head}Model")
@@ -61,12 +65,14 @@ def find_class(checkpoint: Checkpoint) -> ModelClass:
         StartupError: transformers has no such architecture, or the architecture has no encoder that this server knows.
     """
     config = _config(dict(checkpoint.config), checkpoint)
-    found = _first_with_features(config.model_type)
-    if found is not None:
-        return ModelClass(found, config)
     inner = getattr(config, _INNER, None)
-    if inner is not None and (found := _first_with_features(inner.model_type)) is not None:
-        return ModelClass(found, inner, prefix=_INNER.removesuffix("_config") + ".")
+    try:
+        if (found := class_of(config.model_type)) is not None:
+            return ModelClass(found, config)
+        if inner is not None and (found := class_of(inner.model_type)) is not None:
+            return ModelClass(found, inner, prefix=_INNER.removesuffix("_config") + ".")
+    except ImportError as error:
+        raise StartupError(f"model {checkpoint.name!r} needs a package: {first_line(error)}") from error
     raise StartupError(
         f"model {checkpoint.name!r}: model_type {checkpoint.model_type!r} is not supported; "
         "its class in transformers gives no image, video or audio features"
@@ -91,13 +97,24 @@ def _config(content: dict[str, Any], checkpoint: Checkpoint) -> Any:
         raise StartupError(f"model {checkpoint.name!r}: config.json is not valid: {first_line(error)}") from error
 
 
-def _first_with_features(model_type: str) -> Any:
+def class_of(model_type: str) -> Any:
+    """transformers' class of `model_type` that gives features of any modality, or None.
+
+    Raises:
+        ImportError: a class that might be it needs a package that is missing.
+    """
+    failure: ImportError | None = None
     for names in _mappings():
         named = names.get(model_type, ())
         for name in (named,) if isinstance(named, str) else named:
-            cls = _class(name)
-            if cls is not None and any(hasattr(cls, f"get_{modality}_features") for modality in Modality):
-                return cls
+            try:
+                cls = _class(name)
+                if cls is not None and any(hasattr(cls, f"get_{modality}_features") for modality in Modality):
+                    return cls
+            except ImportError as error:
+                failure = error
+    if failure is not None:
+        raise failure
     return None
 
 
@@ -112,7 +129,4 @@ def _mappings() -> Iterator[Mapping[str, Any]]:
 def _class(name: str) -> Any:
     import transformers
 
-    try:
-        return getattr(transformers, name, None)
-    except (ImportError, RuntimeError):
-        return None
+    return getattr(transformers, name, None)

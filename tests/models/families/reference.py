@@ -32,14 +32,14 @@ class _Reached(Exception):
 
 
 class Whole:
-    """A whole checkpoint in transformers, float32."""
+    """A whole checkpoint in transformers."""
 
-    def __init__(self, family: str, path: Path) -> None:
+    def __init__(self, family: str, path: Path, dtype: torch.dtype = torch.float32) -> None:
         self._family = family
         config = transformers.AutoConfig.from_pretrained(path)
         self._processor = transformers.AutoProcessor.from_pretrained(path)
         cls = getattr(transformers, config.architectures[0])
-        self.model: Any = cls.from_pretrained(path, dtype=torch.float32).eval()
+        self.model: Any = cls.from_pretrained(path, dtype=dtype).eval()
 
     def image(self, pixels: npt.NDArray[np.uint8], **options: Any) -> torch.Tensor:
         """[tokens, dim] of uint8 pixels [height, width, 3]; DeepStack levels appended along dim."""
@@ -95,7 +95,7 @@ class Whole:
         try:
             self.model(
                 **{
-                    name: value.float() if value.is_floating_point() else value
+                    name: value.to(self.model.dtype) if value.is_floating_point() else value
                     for name, value in inputs.items()
                     if name in takes or name in ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
                 }

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from encode_server.media.limits import MediaLimits
 from encode_server.models.checkpoint import resolve
 from encode_server.models.encoder import load_encoder
 from encode_server.models.inspect import inspect
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.tested import REFUSED, TESTED
 from encode_server.wire.checkpoint import Batching, Facts, Proof, Route
 from encode_server.wire.modality import Modality
 from tests.models import samples
@@ -28,41 +32,9 @@ CLIPS = [(8, 90, 150), (4, 130, 90)]
 SECONDS = [1.93, 0.41, 3.3]
 
 IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
-PADDED, ROW, EQUAL, SHIFTED = Batching.PADDED, Batching.ROW, Batching.EQUAL, Batching.SHIFTED
 
-EXPECTED: Mapping[str, Mapping[Modality, Batching]] = {
-    "qwen3_5": {IMAGE: PADDED, VIDEO: PADDED},
-    "qwen3_asr": {AUDIO: PADDED},
-    "voxtral": {AUDIO: PADDED},
-    "glm4v": {IMAGE: PADDED, VIDEO: PADDED},
-    "kimi_k25": {IMAGE: PADDED},
-    "ernie4_5_vl_moe": {IMAGE: PADDED, VIDEO: PADDED},
-    "paddleocr_vl": {IMAGE: PADDED},
-    "llava": {IMAGE: PADDED},
-    "llava_pixtral": {IMAGE: PADDED},
-    "llava_next": {IMAGE: PADDED},
-    "llava_onevision": {IMAGE: PADDED, VIDEO: EQUAL},
-    "mistral3": {IMAGE: PADDED},
-    "internvl": {IMAGE: PADDED, VIDEO: PADDED},
-    "gemma3": {IMAGE: PADDED},
-    "paligemma": {IMAGE: PADDED},
-    "llama4": {IMAGE: PADDED},
-    "minicpmv4_6": {IMAGE: ROW, VIDEO: ROW},
-    "idefics3": {IMAGE: PADDED},
-    "smolvlm": {IMAGE: PADDED, VIDEO: PADDED},
-    "lfm2_vl": {IMAGE: PADDED},
-    "cohere2_vision": {IMAGE: PADDED},
-    "dots3_note": {IMAGE: PADDED, VIDEO: PADDED, AUDIO: PADDED},
-    "glm5_next": {IMAGE: PADDED, VIDEO: PADDED},
-    "glm4v_moe": {IMAGE: PADDED, VIDEO: PADDED},
-    "glm46v": {IMAGE: PADDED, VIDEO: PADDED},
-    "qwen3_5_moe": {IMAGE: PADDED, VIDEO: PADDED},
-    "qwen3_omni_moe_thinker": {IMAGE: PADDED, VIDEO: PADDED, AUDIO: EQUAL},
-    "gemma4": {IMAGE: PADDED, VIDEO: PADDED, AUDIO: PADDED},
-    "molmo2": {IMAGE: SHIFTED, VIDEO: SHIFTED},
-    "deepseek_ocr2": {IMAGE: PADDED},
-}
-"""What is offered of each family that has no rules of its own, and how its items share a call."""
+EXPECTED: Mapping[str, Mapping[Modality, Batching]] = {**TESTED, "llava_pixtral": TESTED["llava"]}
+"""How the items of each builder's checkpoint share a call."""
 
 OWN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni_thinker"}
 LONG = {
@@ -168,6 +140,7 @@ def test_a_modality_that_transformers_cannot_run_is_not_offered(written: Path) -
     """Kimi K2.5's video: its own forward splits more rows than it has."""
     found = inspect((str(write("kimi_k25", written / "kimi_k25")), None, 1))
     assert found.facts is not None
+    assert {name: set(found.facts.refused) for name in ("kimi_k25",)} == {name: set(of) for name, of in REFUSED.items()}
     assert found.modalities == [IMAGE]
     assert "split_with_sizes" in found.facts.refused[VIDEO]
 
@@ -182,3 +155,32 @@ def test_heads_that_the_ranks_do_not_divide_stay_whole(written: Path) -> None:
 def test_what_was_found_out_crosses_to_the_ranks(written: Path) -> None:
     facts = inspect((str(write("gemma3", written / "gemma3")), None, 2)).facts
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(facts), type=Facts) == facts
+
+
+@pytest.mark.slow
+def test_a_model_that_also_speaks_gives_its_thinkers_rows(written: Path, tmp_path: Path) -> None:
+    thinker = write("qwen3_omni_moe_thinker", written / "qwen3_omni_moe_thinker")
+    whole = Path(shutil.copytree(thinker, tmp_path / "whole"))
+    weights = {f"thinker.{name}": weight.clone() for name, weight in load_file(thinker / "model.safetensors").items()}
+    weights["talker.model.codec_embedding.weight"] = torch.zeros(4, 4)
+    save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "qwen3_omni_moe", "thinker_config": json.loads((thinker / "config.json").read_text())}
+    (whole / "config.json").write_text(json.dumps(config))
+    facts = inspect((str(thinker), None, 1)).facts
+    item = Preprocessor(resolve(str(thinker)), MediaLimits()).prepare(AUDIO, samples.wav(0.9)).tensors
+    rows = [
+        load_encoder(str(path), device="cpu", dtype="float32", facts=facts).forward(AUDIO, [item])[0]
+        for path in (whole, thinker)
+    ]
+    torch.testing.assert_close(*rows, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama4", "qwen3_5"])
+def test_half_precision_rounds_as_transformers_does(written: Path, family: str) -> None:
+    path = write(family, written / family)
+    facts = inspect((str(path), None, 1)).facts
+    item = Preprocessor(resolve(str(path)), MediaLimits()).prepare(IMAGE, _media(IMAGE)[0]).tensors
+    [rows] = load_encoder(str(path), device="cpu", dtype="bfloat16", facts=facts).forward(IMAGE, [item])
+    want = Whole(family, path, torch.bfloat16).image(samples.pixels(*SIZES[0]))
+    assert rows.dtype is want.dtype is torch.bfloat16
+    assert (rows.float() - want.float()).norm() < 0.02 * want.float().norm()
