@@ -214,8 +214,8 @@ def _document(
         "lost": outcomes["lost"],
         "rejected": outcomes["rejected"],
         "replayed_items": look.total("encode_replayed_items_total"),
-        "group_restarts": look.total("encode_group_restarts"),
-        "preparer_restarts": look.total("encode_preparer_restarts"),
+        "group_restarts": look.total("encode_group_restarts_total"),
+        "preparer_restarts": look.total("encode_preparer_restarts_total"),
         "items_prepared_again": look.total("encode_prepared_again_items_total"),
         "recover_s": {"median": sorted(outages.seconds)[len(outages.seconds) // 2], "max": max(outages.seconds)}
         if outages.seconds

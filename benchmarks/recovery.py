@@ -64,7 +64,7 @@ class Patient:
     async def restarts(self) -> float:
         """Of rank groups and preparers, so far."""
         look = await self.look()
-        return look.total("encode_group_restarts") + look.total("encode_preparer_restarts")
+        return look.total("encode_group_restarts_total") + look.total("encode_preparer_restarts_total")
 
     async def whole(self) -> bool:
         """Whether requests are taken and every preparer can work."""

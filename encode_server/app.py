@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,8 +25,13 @@ from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
 from encode_server.runtime.forkserver import Launched
 from encode_server.service.server import Server
-from encode_server.settings import Settings, load_settings
+from encode_server.settings import Settings, load_settings, unknown_variables
 from encode_server.telemetry import logs
+from encode_server.telemetry.ids import current_ids
+from encode_server.telemetry.request_ids import HEADER, RequestIds
+from encode_server.telemetry.tracing import Tracing, fastapi_telemetry, otlp_tracing
+
+log = logging.getLogger(__name__)
 
 WORKERS_REFUSED = (
     "encode-server: it runs in one process (uvicorn --workers and --reload are refused): "
@@ -34,28 +40,37 @@ WORKERS_REFUSED = (
 
 
 def create_app(
-    settings: Settings, on_fatal: Callable[[str], None] | None = None, launched: Launched | None = None
+    settings: Settings,
+    on_fatal: Callable[[str], None] | None = None,
+    launched: Launched | None = None,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
-    """The application of one server. `launched`: its forkserver, if it was started before.
+    """The application of one server. `launched`: its forkserver, if it was started before. `tracing`: instead of what
+    the settings ask for.
 
     `on_fatal` is called when it cannot go on; by default the process is ended by SIGTERM, which ends uvicorn with a
     non-zero status. Raises StartupError for settings that cannot work.
     """
-    server = Server(settings, launched)
+    if tracing is None and settings.tracing == "otlp":
+        tracing = otlp_tracing(__version__)
+    server = Server(settings, launched, tracing)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with server.running(on_fatal or _terminate):
             yield
 
+    telemetry = fastapi_telemetry(tracing)
     app: FastAPI = FastAPIOffline(  # /docs with assets of our own: servers of this kind seldom reach the internet
         title="encode_server",
         version=__version__,
         lifespan=lifespan,
         redoc_url=None,
         swagger_ui_parameters={"validatorUrl": None},  # else the page asks a public server to judge the document
+        telemetry=telemetry,
     )
     app.include_router(build_router(server))
+    app.add_middleware(RequestIds)
 
     @app.exception_handler(EncodeError)
     async def answer_error(request: Request, error: EncodeError) -> Response:
@@ -72,8 +87,10 @@ def create_app(
 
     @app.exception_handler(Exception)
     async def answer_unexpected(request: Request, error: Exception) -> Response:
-        # The log has the traceback; the caller gets no internals.
-        return error_answer(EncodeError("an internal error, see the server's log"), None)
+        # The log has the traceback; the caller gets no internals. This answer passes no middleware.
+        ids = current_ids()
+        headers = {HEADER: ids.request_id} if ids else {}
+        return error_answer(EncodeError("an internal error, see the server's log", headers=headers), None)
 
     plain_openapi = app.openapi
 
@@ -101,7 +118,9 @@ def __getattr__(name: str) -> Any:
         sys.exit(1)
     try:
         settings = load_settings()
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
+        for sentence in unknown_variables():
+            log.warning(sentence)
         return create_app(settings)
     except StartupError as error:
         sys.exit(f"encode-server: {error}")

@@ -149,6 +149,8 @@ def _launch(settings: Settings) -> Launched:
 
 def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
     """One `--option` per setting. Values stay text: `load_settings` judges them, from here and from the environment."""
+    config = f"TOML file of these options, below variables and above defaults [none; {variable_name('config')}]"
+    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config)
     for name, field in Settings.model_fields.items():
         if name == skip:
             continue

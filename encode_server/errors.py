@@ -12,21 +12,24 @@ MAX_MESSAGE = 1000  # characters: a message may quote what the caller sent
 
 
 class EncodeError(Exception):
-    """Base of what a request can end in. `status` is the HTTP status, `code` the word in the answer's `code` field."""
+    """Base of what a request can end in. `status` is the HTTP status, `code` the word in the answer's `code` field.
+
+    `bound`: which of the server's bounds refused, see `telemetry.metrics.REFUSING`; None where none did.
+    """
 
     status = 500
     code = "internal"
 
-    def __init__(self, message: str, *, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, message: str, *, headers: Mapping[str, str] | None = None, bound: str | None = None) -> None:
         if len(message) > MAX_MESSAGE:
             message = message[:MAX_MESSAGE] + " …"
         super().__init__(message)
-        self.message = message
+        self.message, self.bound = message, bound
         self.headers = dict(headers or {})
 
     def about_item(self, index: int) -> EncodeError:
         """The same error, its message naming the item of `mm_items` it is about (counted from 0)."""
-        return type(self)(f"mm_items[{index}]: {self.message}", headers=self.headers)
+        return type(self)(f"mm_items[{index}]: {self.message}", headers=self.headers, bound=self.bound)
 
 
 class NoRoute(EncodeError):

@@ -16,7 +16,7 @@ from encode_server.runtime.forkserver import Launched
 from encode_server.runtime.listening import Uvicorn, bind, config, room_for_connections, until_signalled
 from encode_server.runtime.resolving import bound_look_ups
 from encode_server.runtime.tls import check_tls
-from encode_server.settings import Settings
+from encode_server.settings import Settings, unknown_variables
 from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
 
     Raises StartupError when it cannot start as asked, or cannot go on.
     """
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
+    for sentence in unknown_variables():
+        log.warning(sentence)
     bound_look_ups()
     failures: list[str] = []
     server: Uvicorn

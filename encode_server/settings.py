@@ -1,7 +1,8 @@
 """Every option of the server, once: its name, its default, its help and its `ENCODE_SERVER_*` variable.
 
-`encode-server serve` takes each field as `--kebab-case`; `uvicorn encode_server.app:app` reads the variables. Both go
-through `load_settings`, so a wrong value gives the same sentence either way.
+`encode-server serve` takes each field as `--kebab-case`, `uvicorn encode_server.app:app` reads the variables, and both
+read the TOML file of `--config` or `ENCODE_SERVER_CONFIG`. All go through `load_settings`, so a wrong value gives the
+same sentence whichever way it came.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from encode_server.errors import StartupError
+from encode_server.runtime.options_file import read_config, suggestion
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +28,9 @@ ENV_PREFIX = "ENCODE_SERVER_"
 
 RENAMED = {"engine": "protocol"}
 """Options by the names that earlier versions gave them, and their present names. Both are taken."""
+
+# What Kubernetes puts into every pod for a Service called encode-server.
+OF_A_SERVICE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)$")
 
 CommaList = Annotated[tuple[str, ...], NoDecode]
 MODULE = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"
@@ -101,6 +108,9 @@ class Settings(BaseSettings):
     )
     load_timeout_s: float = Field(900.0, gt=0, description="longest time the ranks may take to load")
     grace_s: float = Field(20.0, ge=0, description="after SIGTERM: time for accepted work to finish")
+    drain_s: float = Field(
+        0.0, ge=0, description="after SIGTERM, before that: time in which requests are still taken and /readyz says 503"
+    )
 
     # Faults.
     max_restarts: int = Field(
@@ -191,13 +201,21 @@ class Settings(BaseSettings):
         None, description="directory for the traces of /start_profile and /stop_profile; none: refused"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="how the log is written; json: one object per line, with the ids of request and trace",
+    )
+    tracing: Literal["off", "otlp"] = Field(
+        "off", description="spans of requests and their stages; otlp: sent as OpenTelemetry's OTEL_* variables say"
+    )
 
     @field_validator("media_allow", "media_roots", "destination_allow", "api_keys", "register_url", mode="before")
     @classmethod
     def _split_commas(cls, value: Any, field: ValidationInfo) -> Any:
-        if not isinstance(value, str):
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             return value
-        parts = tuple(part.strip() for part in value.split(",") if part.strip())
+        parts = tuple(part.strip() for part in parts if part.strip())
         if field.field_name == "api_keys" and not parts:
             # A secret that was not set must not open the server.
             raise PydanticCustomError("no_key", "at least one key; leave it out to serve everybody")
@@ -214,18 +232,42 @@ def preload_argument(settings: Settings) -> bytes:
 
 
 def load_settings(options: Mapping[str, Any] | None = None) -> Settings:
-    """The settings from `options` (by field name, as text or typed), else the environment, else the defaults.
+    """The settings from `options` (by field name, as text or typed), else the environment, else the file that `config`
+    among them or `ENCODE_SERVER_CONFIG` names, else the defaults.
 
     Raises StartupError naming the option, what it got and what it takes.
     """
     given = _by_present_names(options or {})
+    path = given.pop("config", None) or os.environ.get(variable_name("config"))
     if "api_keys" not in given and os.environ.get(variable_name("api_keys"), "unset").strip() == "":
         # Empty variables count as absent, but a secret that was not set must not open the server.
         raise StartupError(f"{variable_name('api_keys')} is empty: give a key, or unset it to serve everybody")
+    from_file = _below_the_environment(read_config(path, Settings.model_fields)) if path else {}
     try:
-        return Settings(**given)
+        return Settings(**(from_file | given))
     except ValidationError as error:
-        raise StartupError("; ".join(_complaint(e, given) for e in error.errors())) from None
+        places = dict.fromkeys(from_file, str(path)) | dict.fromkeys(given, "")
+        raise StartupError("; ".join(_complaint(e, places) for e in error.errors())) from None
+
+
+def unknown_variables() -> list[str]:
+    """One sentence for each `ENCODE_SERVER_*` variable that is no option. Those that Kubernetes sets for a Service
+    called encode-server are passed over."""
+    known = {name.upper() for name in ("config", *Settings.model_fields, *RENAMED)}
+    given = {name: name.upper().removeprefix(ENV_PREFIX) for name in sorted(os.environ)}
+    return [
+        f"the variable {name} is no option{suggestion(rest, known, ENV_PREFIX)}"
+        for name, rest in given.items()
+        if rest != name.upper() and rest not in known and not OF_A_SERVICE.search(name)
+    ]
+
+
+def redacted(settings: Settings) -> dict[str, Any]:
+    """The settings for other eyes: of keys only how many, of URLs neither credentials nor queries."""
+    shown = settings.model_dump(mode="json")
+    shown["api_keys"] = len(settings.api_keys)
+    shown["register_url"] = [_bare(url) for url in settings.register_url]
+    return shown
 
 
 def option_name(field: str) -> str:
@@ -252,10 +294,27 @@ def _by_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _complaint(error: Any, given: Mapping[str, Any]) -> str:
+def _below_the_environment(from_file: dict[str, Any]) -> dict[str, Any]:
+    """What no variable overrides; an empty variable counts as absent."""
+    present = {name.upper() for name, value in os.environ.items() if value}
+    return {field: value for field, value in from_file.items() if variable_name(field) not in present}
+
+
+def _bare(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _complaint(error: Any, places: Mapping[str, str]) -> str:
+    """`places`: the file that each field came from, empty for an option; a field that is not there is a variable's."""
     field = str(error["loc"][0])
-    where = option_name(field) if field in given else variable_name(field)
+    where = variable_name(field)
+    if (place := places.get(field)) is not None:
+        where = f"{place}: {field}" if place else option_name(field)
     kind = str(error["type"]).removesuffix("_parsing").removesuffix("_type")
     plain = {"int": "an integer", "float": "a number", "string": "text"}
     takes = plain.get(kind, error["msg"].removeprefix("Input should be "))
-    return f"{where}: got {error['input']!r}, takes {takes}"
+    of_kubernetes = str(error["input"]).startswith("tcp://") and field not in places
+    hint = " (Kubernetes sets it for a Service; enableServiceLinks: false stops that)" if of_kubernetes else ""
+    got = "something else" if field == "api_keys" and error["input"] else repr(error["input"])
+    return f"{where}: got {got}, takes {takes}{hint}"

@@ -18,8 +18,9 @@ from encode_server.runtime.caller import until_caller_goes
 from encode_server.runtime.charge import Charge
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
+from encode_server.service.record import Record, note_end
 from encode_server.service.server import Server
-from encode_server.telemetry.logs import log_request, quoted
+from encode_server.telemetry.logs import quoted
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.headers import ERRORS_HEADER, QUIET, TIMEOUT_HEADER
 from encode_server.wire.load import COST_HEADER, load_headers
@@ -40,8 +41,7 @@ class EncodeEndpoint:
         try:
             caller = HttpCaller(self._server, request, send)
         except EncodeError as error:
-            self._server.metrics.count_request("unknown", error.code)
-            log_request("-", "unknown", error.code, 0, 0, {})
+            note_end(self._server.metrics, Record(stages={"total": 0.0}), error.code)
             await answers.error_answer(error, None)(scope, receive, send)
             return
         await serve_encode(self._server, caller)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 from fastapi import APIRouter
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -12,6 +13,8 @@ from encode_server.api import answers
 from encode_server.api.encode import EncodeEndpoint
 from encode_server.api.profiles import add_profile_routes
 from encode_server.delivery.sglang.endpoints import add_sglang_routes
+from encode_server.runtime.pools import run
+from encode_server.service.info import server_info
 from encode_server.service.server import Server
 
 
@@ -32,13 +35,20 @@ def build_router(server: Server) -> APIRouter:
 
     @router.get("/readyz", summary="Whether requests are taken")
     async def readyz() -> Response:
-        reason = server.not_ready()
+        reason = server.unavailable()
         document = {"status": "not ready" if reason else "ready", "reason": reason}
         return Response(msgspec.json.encode(document), 503 if reason else 200, media_type=answers.JSON)
 
     @router.get("/metrics", summary="Prometheus metrics")
-    async def metrics() -> Response:
-        return Response(server.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        text, content_type = await server.render_metrics(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": content_type})
+
+    @router.get("/server_info", summary="Versions, model and options")
+    async def info(request: Request) -> Response:
+        server.keys.client(request)
+        document = await run(server.pools.work, server_info, server)
+        return Response(msgspec.json.encode(document), media_type=answers.JSON)
 
     add_profile_routes(router, server)
     if server.settings.protocol == "sglang":

@@ -77,7 +77,7 @@ class EntryFolder:
         floor_s: float = FLOOR_S,
         max_entries: int = MAX_ENTRIES,
     ) -> None:
-        self._max_bytes, self._max_age_s, self._floor_s = max_bytes, max_age_s, floor_s
+        self.max_bytes, self._max_age_s, self._floor_s = max_bytes, max_age_s, floor_s
         self._max_entries, self._entry_count = max_entries, 0
         self._lock = threading.Lock()
         self._used: int | None = None  # not known before the directory was read
@@ -104,7 +104,7 @@ class EntryFolder:
             self._write(identifier, pieces)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreFull("the disk of the embedding store is full") from None
+                raise StoreFull("the disk of the embedding store is full", bound="store") from None
             log.error("cannot store %s: %s", identifier, error)
             raise DeliveryFailed(f"the embedding store cannot be written to: {error.strerror}") from None
         with self._lock:
@@ -124,10 +124,15 @@ class EntryFolder:
         except OSError:
             return {}
 
+    @property
+    def used_bytes(self) -> int:
+        """Of all entries, as last counted: other servers write into the directory as well."""
+        return self._used or 0
+
     def expire(self) -> int:
         """Remove what is too old, and the oldest while there are too many bytes; how many entries went."""
         with self._lock:
-            return self._expire(self._max_bytes)
+            return self._expire(self.max_bytes)
 
     def sweep(self) -> int:
         """Remove what a crash left: unfinished files nobody is writing, and entries cut short; how many went."""
@@ -160,17 +165,18 @@ class EntryFolder:
     def _make_room(self, size: int) -> None:
         with self._lock:
             if self._used is None:
-                self._expire(self._max_bytes)
+                self._expire(self.max_bytes)
             if self._full(size):
-                self._expire(int(self._max_bytes * LOW_WATER) - size, int(self._max_entries * LOW_WATER))
+                self._expire(int(self.max_bytes * LOW_WATER) - size, int(self._max_entries * LOW_WATER))
             if self._full(size):
                 raise StoreFull(
                     f"the embedding store has no room for {size} bytes: what it holds is too new to be removed",
                     headers={"Retry-After": str(round(self._floor_s) or 1)},
+                    bound="store",
                 )
 
     def _full(self, size: int) -> bool:
-        return (self._used or 0) + size > self._max_bytes or self._entry_count >= self._max_entries
+        return (self._used or 0) + size > self.max_bytes or self._entry_count >= self._max_entries
 
     def _expire(self, max_bytes: int, max_entries: int | None = None) -> int:
         most = self._max_entries if max_entries is None else max_entries

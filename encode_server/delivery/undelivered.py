@@ -17,7 +17,7 @@ class Undelivered:
     """
 
     def __init__(self, max_bytes: int, share: float) -> None:
-        self._max, self._share = max_bytes, share
+        self.max_bytes, self._share = max_bytes, share
         self._changes = Changes()
         self._clients: Counter[str] = Counter()
         self.bytes = 0
@@ -26,14 +26,15 @@ class Undelivered:
     async def hold(self, nbytes: int, client: str, *, patient: bool) -> AsyncIterator[None]:
         """Count an embedding while it waits for its destination. When too many bytes wait already, a patient caller
         waits until there is room; otherwise this raises TooBusy. Raises TooLarge for what could never be held."""
-        if nbytes > self._max:
+        if nbytes > self.max_bytes:
             raise TooLarge(
-                f"the embedding takes {-(-nbytes >> 20)} MiB on its way, at most {self._max >> 20} MiB are delivered: "
-                "send the items in several requests"
+                f"the embedding takes {-(-nbytes >> 20)} MiB on its way, at most {self.max_bytes >> 20} MiB are "
+                "delivered: send the items in several requests"
             )
-        while (reason := self._refusal(nbytes, client)) is not None:
+        while (refusal := self._refusal(nbytes, client)) is not None:
             if not patient:
-                raise TooBusy(reason, headers={"Retry-After": "1"})
+                reason, bound = refusal
+                raise TooBusy(reason, headers={"Retry-After": "1"}, bound=bound)
             await self._changes.wait()
         self._count(client, nbytes)
         try:
@@ -42,14 +43,15 @@ class Undelivered:
             self._count(client, -nbytes)
             self._changes.announce()
 
-    def _refusal(self, nbytes: int, client: str) -> str | None:
-        if self.bytes + nbytes > self._max:
-            return (
-                f"{self.bytes >> 20} MiB of embeddings wait for their destinations, the limit is {self._max >> 20} MiB"
-            )
-        mine = self._clients[client]
-        if mine and mine + nbytes > self._max * self._share:
-            return f"{mine >> 20} MiB of this client's embeddings wait for their destinations, its full share"
+    def _refusal(self, nbytes: int, client: str) -> tuple[str, str] | None:
+        """Why there is no room, and which bound says so."""
+        held, most, mine = self.bytes, self.max_bytes, self._clients[client]
+        if held + nbytes > most:
+            reason = f"{held >> 20} MiB of embeddings wait for their destinations, the limit is {most >> 20} MiB"
+            return reason, "undelivered"
+        if mine and mine + nbytes > most * self._share:
+            reason = f"{mine >> 20} MiB of this client's embeddings wait for their destinations, its full share"
+            return reason, "client_share"
         return None
 
     def _count(self, client: str, nbytes: int) -> None:

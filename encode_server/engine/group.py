@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import msgspec
 import zmq
@@ -29,6 +30,17 @@ LOOK_S = 1.0
 
 PEERS_S = 2.0
 """Time for other ranks to report the same failure; a rank still silent after it is stuck in a collective."""
+
+
+class Cause(StrEnum):
+    """Why a group was lost, in one word, for counting."""
+
+    DIED = "died"  # a rank's process ended
+    HANG = "hang"  # a command was not acknowledged in time
+    FAILED = "failed"  # a rank said that it cannot go on
+    DIVIDED = "divided"  # a forward failed on some ranks only
+    GARBLED = "garbled"  # a rank sent what makes no sense
+    NOT_STARTED = "not_started"  # the ranks could not be forked, or did not load in time
 
 
 class GroupLost(Exception):
@@ -93,6 +105,7 @@ class RankGroup:
         self._ranks: list[_Rank] = []
         self._pending: dict[int, Pending] = {}  # in the order sent, which is the order executed
         self._seq = itertools.count(1)
+        self.cause = Cause.NOT_STARTED  # of the loss
         self.forwarded = 0  # forwards that all ranks have ended without an error
 
     @property
@@ -154,10 +167,11 @@ class RankGroup:
             pending.waited = {pid: waited(pid) for pid in late}
         return max(0.0, age - max((starved_seconds(pid, pending.waited.get(pid, {})) for pid in late), default=0.0))
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, cause: Cause) -> None:
         """Declare the group lost: everything in flight raises GroupLost."""
         if self.lost.done():
             return
+        self.cause = cause
         self.lost.set_result(reason)
         for pending in self._pending.values():
             if not pending.future.done():
@@ -168,7 +182,7 @@ class RankGroup:
         """End every rank (politely if the group is sound, else immediately), wait until all are gone, close the
         links."""
         polite = self._ready.done() and not self.lost.done()
-        self.fail("the group was stopped")
+        self.fail("the group was stopped", self.cause)
         for rank in self._ranks:
             if polite:
                 rank.peer.link.send(m.encode(m.Shutdown()))
@@ -215,7 +229,7 @@ class RankGroup:
         try:
             event = m.decode_event(frame)
         except msgspec.MsgspecError as error:
-            self.fail(f"rank {index} sent what is no message: {error}")
+            self.fail(f"rank {index} sent what is no message: {error}", Cause.GARBLED)
             return
         rank = self._ranks[index]
         match event:
@@ -231,12 +245,12 @@ class RankGroup:
                 self._acknowledge(event)
             case m.Failed(_, message):
                 rank.state = "failed"
-                self.fail(message)
+                self.fail(message, Cause.FAILED)
 
     def _acknowledge(self, done: m.Done) -> None:
         pending = self._pending.get(done.seq)
         if pending is None:
-            self.fail(f"rank {done.rank} acknowledged command {done.seq}, which is not in flight")
+            self.fail(f"rank {done.rank} acknowledged command {done.seq}, which is not in flight", Cause.GARBLED)
             return
         pending.done[done.rank] = done
         forward = isinstance(pending.command, m.Forward)
@@ -261,7 +275,7 @@ class RankGroup:
             out_of_memory = any(one.out_of_memory for one in pending.done.values())
             pending.future.set_exception(GroupLost(reason, suspect=True, out_of_memory=out_of_memory))
             pending.future.exception()
-        self.fail(reason)
+        self.fail(reason, Cause.DIVIDED)
 
     def _note_started(self) -> None:
         """The ranks start commands in the order sent, as many side by side as they say."""
@@ -275,7 +289,7 @@ class RankGroup:
     def _on_exit(self, index: int, rank: _Rank, code: int) -> None:
         rank.state = "dead"
         how = signal.Signals(-code).name if code < 0 else f"code {code}"
-        self.fail(f"rank {index} exited with {how}")
+        self.fail(f"rank {index} exited with {how}", Cause.DIED)
 
 
 def _first_error(done: Mapping[int, m.Done]) -> str:

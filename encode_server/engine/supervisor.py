@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from encode_server.engine.arena import Arena
-from encode_server.engine.group import GroupLost, GroupSpec, Pending, RankGroup
+from encode_server.engine.group import Cause, GroupLost, GroupSpec, Pending, RankGroup
 from encode_server.engine.restarts import Restarts
 from encode_server.errors import NotReady, StartupError
 from encode_server.runtime.changes import Changes
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost
+from encode_server.telemetry.metrics import Metrics
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
 
@@ -52,8 +53,11 @@ class SupervisorOptions:
 class Supervisor:
     """Owner of the rank group. `run` lives as long as the server; everything else asks it."""
 
-    def __init__(self, spec: GroupSpec, forkserver: Forkserver, arena: Arena, options: SupervisorOptions) -> None:
+    def __init__(
+        self, spec: GroupSpec, forkserver: Forkserver, arena: Arena, options: SupervisorOptions, metrics: Metrics
+    ) -> None:
         self._spec, self._forkserver, self._arena, self._options = spec, forkserver, arena, options
+        self._metrics = metrics
         self._group: RankGroup | None = None
         self._restarts = Restarts(options.restarts, options.window_s)
         self._changes = Changes()
@@ -158,6 +162,8 @@ class Supervisor:
                 delay = None if self.info is None else self._restarts.delay(worked=worked)
                 if delay is None:
                     raise StartupError(reason)
+                assert self._group is not None
+                self._metrics.group_restarts[self._group.cause].inc()
                 log.error("ranks lost (%s); restarting in %.2f s", reason, delay)
                 await asyncio.sleep(delay)
         except StartupError as error:
@@ -202,7 +208,8 @@ class Supervisor:
                 if age > limit:
                     what = type(oldest.command).__name__.lower()
                     group.fail(
-                        f"the ranks hang: a {what} has not ended after {age:.1f} s, expected within {limit:.1f} s"
+                        f"the ranks hang: a {what} has not ended after {age:.1f} s, expected within {limit:.1f} s",
+                        Cause.HANG,
                     )
             elif time.monotonic() - pinged > self._options.ping_s:
                 pinged = time.monotonic()

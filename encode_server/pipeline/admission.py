@@ -40,8 +40,15 @@ class Held:
 
 @dataclass(frozen=True)
 class _Refusal:
+    """`bound`: see `telemetry.metrics.REFUSING`."""
+
     reason: str
-    full: bool  # for everybody, not for this client's share
+    bound: str
+
+    @property
+    def full(self) -> bool:
+        """For everybody, not for this client's share."""
+        return self.bound != "client_share"
 
 
 @dataclass(eq=False)
@@ -114,7 +121,7 @@ class Admission:
     """Counts what is in progress and refuses more than the limits, before a request's body is read."""
 
     def __init__(self, limits: AdmissionLimits) -> None:
-        self._limits = limits
+        self.limits = limits
         self.held = Held()
         self._clients: dict[str, Held] = {}
         self._refused: dict[str, float] = {}  # clients that were, and when: for a while they count as waiting
@@ -136,7 +143,7 @@ class Admission:
             if refusal.full:
                 self._forget_refused()
                 self._refused[client] = time.monotonic()
-            raise self._too_busy(refusal.reason)
+            raise self._too_busy(refusal)
         with self._held(self._enter(client, declared_bytes, patient=False)) as ticket:
             yield ticket
 
@@ -153,7 +160,7 @@ class Admission:
         except TimeoutError:
             if not waiter.ticket.done():
                 refusal = self._refusal(client, declared_bytes)
-                raise self._too_busy(refusal.reason if refusal else "the request's time was up at the door") from None
+                raise self._too_busy(refusal or _Refusal("the request's time was up at the door", "requests")) from None
         except asyncio.CancelledError:
             if waiter.ticket.done():  # admitted in the same moment
                 self._leave(waiter.ticket.result())
@@ -178,7 +185,7 @@ class Admission:
     def check_room(self, ticket: Ticket, nbytes: int, *, refuse: bool) -> None:
         """Raise TooLarge when so many bytes more are too much for one request, TooBusy, if it is to be refused, when
         they are too much beside others."""
-        most = self._limits.max_bytes
+        most = self.limits.max_bytes
         if ticket.bytes + nbytes > most:
             raise TooLarge(f"the request holds more than {most >> 20} MiB of media")
         if not refuse:
@@ -186,13 +193,11 @@ class Admission:
         if self.held.bytes + nbytes > most:
             self._forget_refused()
             self._refused[ticket.client] = time.monotonic()
-            raise self._too_busy(f"{self.held.bytes >> 20} MiB of media are in progress, the limit is {most >> 20} MiB")
+            raise self._too_busy(_full_of_media(self.held.bytes, most))
         mine = self._clients[ticket.client]
-        over = mine.bytes + nbytes > most * self._limits.client_share
+        over = mine.bytes + nbytes > most * self.limits.client_share
         if over and mine.requests > 1 and self.others(ticket.client):
-            raise self._too_busy(
-                f"this client has {mine.bytes >> 20} MiB of media in progress, its full share while others are active"
-            )
+            raise self._too_busy(_full_share(f"{mine.bytes >> 20} MiB of media"))
 
     async def until_room(self, ticket: Ticket, nbytes: int) -> None:
         """Count so many bytes more once there is room for them. Where every request in progress waits for room, none
@@ -211,7 +216,7 @@ class Admission:
                 self._growing.remove(grower)
 
     def _fits(self, nbytes: int) -> bool:
-        return self.held.bytes + nbytes <= self._limits.max_bytes
+        return self.held.bytes + nbytes <= self.limits.max_bytes
 
     def _let_grow(self) -> None:
         """Grant room to bodies that wait for it, the oldest first: one that was let through stays the oldest, and
@@ -260,15 +265,15 @@ class Admission:
     def _refusal(self, client: str, declared_bytes: int) -> _Refusal | None:
         """Why this client cannot come in now."""
         declared_bytes = min(declared_bytes, FIRST_BYTES)
-        limits, all_held, mine = self._limits, self.held, self._clients.get(client, Held())
+        limits, all_held, mine = self.limits, self.held, self._clients.get(client, Held())
         if all_held.requests >= limits.max_requests:
-            return _Refusal(f"{all_held.requests} requests are in progress, the limit is {limits.max_requests}", True)
+            reason = f"{all_held.requests} requests are in progress, the limit is {limits.max_requests}"
+            return _Refusal(reason, "requests")
         if all_held.bytes and all_held.bytes + declared_bytes > limits.max_bytes:
-            held, most = all_held.bytes >> 20, limits.max_bytes >> 20
-            return _Refusal(f"{held} MiB of media are in progress, the limit is {most} MiB", True)
+            return _full_of_media(all_held.bytes, limits.max_bytes)
         if all_held.tokens > limits.max_tokens:
             reason = f"{all_held.tokens} encoder tokens are in progress, the limit is {limits.max_tokens}"
-            return _Refusal(reason, True)
+            return _Refusal(reason, "tokens")
         if mine.requests and self.others(client):
             share = limits.client_share
             for over, what in (
@@ -277,9 +282,7 @@ class Admission:
                 (mine.tokens > limits.max_tokens * share, f"{mine.tokens} encoder tokens"),
             ):
                 if over:
-                    return _Refusal(
-                        f"this client has {what} in progress, its full share while others are active", False
-                    )
+                    return _full_share(what)
         return None
 
     def others(self, client: str) -> bool:
@@ -292,14 +295,23 @@ class Admission:
         since = time.monotonic() - WAITING_S
         self._refused = {name: at for name, at in self._refused.items() if at > since}
 
-    def _too_busy(self, reason: str) -> TooBusy:
+    def _too_busy(self, refusal: _Refusal) -> TooBusy:
         # Half of what is in progress should be gone by then; nothing measured yet means a cold start.
         rate = self._decayed()
         wait = math.ceil(self.held.requests / 2 / rate) if rate > 0.01 else 1
-        return TooBusy(reason, headers={"Retry-After": str(min(max(wait, 1), 60))})
+        headers = {"Retry-After": str(min(max(wait, 1), 60))}
+        return TooBusy(refusal.reason, headers=headers, bound=refusal.bound)
 
     def _decayed(self) -> float:
         now = time.monotonic()
         self._rate *= math.exp((self._rated_at - now) / RATE_WINDOW_S)
         self._rated_at = now
         return self._rate
+
+
+def _full_share(what: str) -> _Refusal:
+    return _Refusal(f"this client has {what} in progress, its full share while others are active", "client_share")
+
+
+def _full_of_media(held: int, most: int) -> _Refusal:
+    return _Refusal(f"{held >> 20} MiB of media are in progress, the limit is {most >> 20} MiB", "bytes")

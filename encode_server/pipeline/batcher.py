@@ -12,12 +12,15 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Protocol
 
+from opentelemetry.trace import Span
+
 from encode_server.engine.group import GroupLost
 from encode_server.errors import DeadlineExceeded, EncodeFailed, NotReady
 from encode_server.pipeline.cost import ForwardCost
 from encode_server.pipeline.fair_queue import FairQueue
 from encode_server.pipeline.jobs import Job, Piece
 from encode_server.telemetry.metrics import Metrics
+from encode_server.telemetry.tracing import Tracing, end_batch
 from encode_server.wire.modality import Modality
 from encode_server.wire.ranks import Done, EncoderInfo, ItemRef
 
@@ -51,8 +54,10 @@ class Engine(Protocol):
 class Batcher:
     """Accepts jobs, forwards their pieces in batches, and ends each piece exactly once, in `_end`."""
 
-    def __init__(self, engine: Engine, budgets: Mapping[Modality, int], metrics: Metrics) -> None:
-        self._engine, self._metrics = engine, metrics
+    def __init__(
+        self, engine: Engine, budgets: Mapping[Modality, int], metrics: Metrics, tracing: Tracing | None = None
+    ) -> None:
+        self._engine, self._metrics, self._tracing = engine, metrics, tracing
         self._budgets = dict(budgets)
         self._costs = {modality: ForwardCost() for modality in budgets}
         self._queue = FairQueue(self._cost)
@@ -77,6 +82,11 @@ class Batcher:
     def traffic_in_flight(self) -> int:
         """Batches sent to the ranks that hold more than a health probe."""
         return sum(self._running.values())
+
+    @property
+    def costs(self) -> Mapping[Modality, ForwardCost]:
+        """What has been learnt of forwards, by modality."""
+        return self._costs
 
     @property
     def backlog_s(self) -> float:
@@ -205,10 +215,10 @@ class Batcher:
         """Whether the job is to be forwarded; a job whose time is up ends here, one whose caller has gone already
         has."""
         if job.abandoned:
-            self._metrics.dropped.labels("gone").inc()
+            self._metrics.dropped["gone"].inc()
             return False
         if time.monotonic() >= job.deadline:
-            self._metrics.dropped.labels("late").inc()
+            self._metrics.dropped["late"].inc()
             job.fail(DeadlineExceeded("its time was up while it waited for the encoder"))
             return False
         return True
@@ -218,16 +228,33 @@ class Batcher:
         patches, pairs = sum(piece.cost for piece in batch), sum(piece.pairs for piece in batch)
         self._metrics.batch_tokens[modality].observe(patches)
         expected_s = self._costs[modality].seconds(patches, pairs)
+        span = self._start_span(batch, patches)
         try:
             dones = await self._engine.forward(modality, tuple(piece.item for piece in batch), expected_s)
         except GroupLost as lost:
+            end_batch(span, str(lost))
             self._replay(batch, lost)
         except asyncio.CancelledError:
+            end_batch(span, "cancelled")
             for piece in batch:
                 self._end(piece, NotReady("the server is stopping"))
             raise
         else:
+            end_batch(span, next((done.error for done in dones if done.error), ""))
             self._settle(batch, dones)
+
+    def _start_span(self, batch: list[Piece], patches: int) -> Span | None:
+        if self._tracing is None:
+            return None
+        jobs = list(dict.fromkeys(piece.job for piece in batch if piece.job.trace is not None))
+        contexts = [job.trace for job in jobs if job.trace is not None]
+        span = self._tracing.start_batch(
+            contexts, modality=str(batch[0].job.modality), pieces=len(batch), patches=patches
+        )
+        if span is not None:
+            for job in jobs:
+                job.batches.append(span.get_span_context())
+        return span
 
     def _settle(self, batch: list[Piece], dones: list[Done]) -> None:
         modality = batch[0].job.modality

@@ -33,7 +33,7 @@ class EmbeddingCache:
     """Holds up to `max_bytes` of embeddings; with 0 it holds none, and identical items still share one encode."""
 
     def __init__(self, max_bytes: int, metrics: Metrics) -> None:
-        self._max_bytes, self._metrics = max_bytes, metrics
+        self.max_bytes, self._metrics = max_bytes, metrics
         self._entries: OrderedDict[CacheKey, EncodedItem] = OrderedDict()
         self._flights: dict[CacheKey, asyncio.Future[EncodedItem]] = {}
         self.bytes = 0
@@ -87,10 +87,10 @@ class EmbeddingCache:
 
     def _keep(self, key: CacheKey, item: EncodedItem) -> None:
         size = item.data.nbytes + ENTRY_OVERHEAD
-        if size > self._max_bytes:
+        if size > self.max_bytes:
             return
         self._entries[key] = item
         self.bytes += size
-        while self.bytes > self._max_bytes:
+        while self.bytes > self.max_bytes:
             _, oldest = self._entries.popitem(last=False)
             self.bytes -= oldest.data.nbytes + ENTRY_OVERHEAD

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from opentelemetry.trace import SpanContext
 
 from encode_server.engine.arena import Arena, Slot
 from encode_server.wire.embedding import embedding_bytes
@@ -55,6 +56,9 @@ class Job:
         self.nbytes = 0  # of the embedding
         self.queue_s = 0.0  # from the room in the arena to the first batch
         self.forward_s = 0.0  # of its batches, summed
+        self.began_at = self.ended_at = 0.0  # of `time.monotonic()`: the first batch, the last
+        self.trace: SpanContext | None = None  # of the request, where it is recorded
+        self.batches: list[SpanContext] = []  # those that the job was part of
         self._arena = arena
         self._slots: list[Slot] = []
         self._room: tuple[int, int] | None = None
@@ -99,7 +103,8 @@ class Job:
         """The piece goes into a batch. It stays busy when the ranks are lost: they may not be gone yet."""
         self._busy.add(piece)
         if not self.queue_s:
-            self.queue_s = time.monotonic() - self._acquired_at
+            self.began_at = time.monotonic()
+            self.queue_s = self.began_at - self._acquired_at
 
     def ended(self, piece: Piece, error: Exception | None = None, forward_s: float = 0.0) -> None:
         """No rank touches the piece any more: its part of the embedding is written, or the item came to nothing."""
@@ -109,6 +114,7 @@ class Job:
         if error is not None:
             self.fail(error)
         elif not self._unended and not self.finished.done():
+            self.ended_at = time.monotonic()
             self.finished.set_result(None)
         self._give_back()
 

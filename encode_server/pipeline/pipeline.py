@@ -20,6 +20,7 @@ from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
+from encode_server.telemetry.tracing import Tracing, recorded_context
 from encode_server.wire.embedding import Encoded, EncodedItem, embedding_bytes
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
@@ -56,11 +57,12 @@ class Route:
     """What a request passes on its way. A health probe has a route of its own: no cache, a thread that each preparer
     keeps for probes, room of its own in the arena, the next turn in the queue, and no trace in the stages' metrics.
 
-    `cache` None: every item is encoded. `metrics` None: nothing is observed.
+    `cache` None: every item is encoded. `metrics` None: nothing is observed. `tracing` None: nothing is traced.
     """
 
     cache: EmbeddingCache | None
     metrics: Metrics | None
+    tracing: Tracing | None = None
     express: bool = False
 
 
@@ -148,6 +150,8 @@ class Pipeline:
         info = await self._engine.until_ready()
         dim = info.dims[request.modality]
         job = Job(self._arena, request.modality, request.deadline, client=request.client, reserved=route.express)
+        if route.tracing is not None:
+            job.trace = recorded_context()
         weighed = expected = 0
 
         def expect(nbytes: int) -> None:
@@ -184,6 +188,8 @@ class Pipeline:
             job.release()
         clock.note("queue", job.queue_s)
         clock.note("forward", job.forward_s)
+        if route.tracing is not None:
+            _trace_forward(route.tracing, job)
         if route.metrics is not None:
             route.metrics.preprocessed[request.modality].inc()
         grid = list(prepared.grid_thw) if prepared.grid_thw else None
@@ -192,17 +198,28 @@ class Pipeline:
 
 class _StageClock:
     def __init__(self, request: EncodeRequest, route: Route) -> None:
-        self._request, self._metrics, self._last = request, route.metrics, time.perf_counter()
+        self._request, self._metrics, self._tracing = request, route.metrics, route.tracing
+        self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
         self.note(stage, now - self._last)
+        if self._tracing is not None:
+            self._tracing.stage(stage, now - self._last)
         self._last = now
 
     def note(self, stage: str, seconds: float) -> None:
         self._request.spent(stage, seconds)
         if self._metrics is not None:
-            self._metrics.stage[stage].observe(seconds)
+            self._metrics.stage[self._request.modality][stage].observe(seconds)
+
+
+def _trace_forward(tracing: Tracing, job: Job) -> None:
+    """The job's time in the queue and in its batches, which are over."""
+    ago = time.monotonic() - job.ended_at
+    forward_s = job.ended_at - job.began_at
+    tracing.stage("queue", job.queue_s, ended_s_ago=ago + forward_s)
+    tracing.stage("forward", forward_s, ended_s_ago=ago, links=job.batches)
 
 
 def _digest(data: bytes) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -10,6 +12,7 @@ from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import active_seconds
 from encode_server.wire import preparers as m
 
+log = logging.getLogger(__name__)
 LOOK_S = 1.0  # an item that ends sooner is not looked at closely: /proc is not read for it
 
 
@@ -40,6 +43,7 @@ class PreparingJob:
     deaths: int = 0
     began: float = 0.0  # of `time.monotonic()`, the present stage in the process
     overtime: bool = False
+    context: Context = field(default_factory=copy_context)  # of the request, for what is logged about the item
     held: int = 0  # bytes of its tensors that wait in the process for room
     process: PreparerProcess | None = None
     forgotten: bool = False  # the caller has gone
@@ -52,6 +56,10 @@ class PreparingJob:
         if not self.step.done():
             self.step.set_exception(error)
             self.step.exception()  # the caller may be gone
+
+    def log(self, level: int, message: str, *args: object) -> None:
+        """Log a line about the item that names its request."""
+        self.context.run(log.log, level, message, *args)
 
     def next_step(self) -> asyncio.Future[m.PreparedItem | None]:
         """Begin a stage."""
@@ -72,8 +80,16 @@ class PreparerProcess:
     failure: str = ""
     stalled: bool = False
     hung: bool = False
+    overtime: bool = False  # killed because an item took too long
     active_s: float = 0.0
     active_at: float = 0.0
+
+    @property
+    def cause(self) -> str:
+        """Why the process ended, in one word, for counting: see `telemetry.metrics.PREPARER_CAUSES`."""
+        if self.overtime:
+            return "overtime"
+        return "hang" if self.stalled or self.hung else "failed" if self.failure else "died"
 
     @property
     def preparing(self) -> list[PreparingJob]:

@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +21,7 @@ import zmq
 from encode_server.errors import BadMedia, EncodeError, NotReady, StartupError, TooLarge, by_code
 from encode_server.prepare.jobs import AskedPickle, PreparerProcess, PreparingJob, ProcessLost, Stage
 from encode_server.prepare.queue import PreparingQueue
+from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost
 from encode_server.runtime.peer import Peer
 from encode_server.telemetry.metrics import Metrics
@@ -67,6 +67,7 @@ class Preparers:
         self._queue = PreparingQueue(spec.threads * spec.processes)
         self._pickles: dict[int, AskedPickle] = {}
         self._held_bytes = 0
+        self._cores = usable_cores()
         self._item_s = 0.0  # processor time of an item, on average
         self._turn = 0
         self._ready = asyncio.Event()
@@ -93,10 +94,19 @@ class Preparers:
         return len(self._queue)
 
     @property
+    def threads(self) -> int:
+        """Items that can be prepared concurrently."""
+        return self._spec.threads * self._spec.processes
+
+    @property
+    def threads_busy(self) -> int:
+        """Items that are being prepared, health probes aside."""
+        return sum(len(process.shared) for process in self._processes.values())
+
+    @property
     def backlog_s(self) -> float:
         """Seconds until what waits for a thread has been prepared, by the time that items have taken so far."""
-        threads = min(self._spec.threads * self._spec.processes, len(os.sched_getaffinity(0)))
-        return len(self._queue) * self._item_s / threads
+        return len(self._queue) * self._item_s / min(self.threads, self._cores)
 
     def oldest_s(self) -> float | None:
         """How long the longest preparation in progress has taken, health probes aside; None when there is none."""
@@ -310,6 +320,7 @@ class Preparers:
             if barren > MAX_BARREN:
                 raise StartupError(f"preparers end before they prepare anything: {_how(code)}")
             self.restarts += 1
+            self._metrics.preparer_restarts[process.cause].inc()
             log.error("preparer %d was lost (%s); starting another", index, process.failure or _how(code))
             if barren:
                 await asyncio.sleep(0.1 * 2**barren)
@@ -384,7 +395,7 @@ class Preparers:
             job.alone = True  # another item may have had the memory
             job.fail(ProcessLost())
         elif refused.code == EncodeError.code:
-            log.error("preparing an item failed: %s", refused.message)
+            job.log(logging.ERROR, "preparing an item failed: %s", refused.message)
             job.fail(EncodeError("an internal error, see the server's log"))
         else:
             job.fail(by_code(refused.code, refused.message))
@@ -417,7 +428,7 @@ class Preparers:
         job.deaths += 1
         needed = SIGKILL_DEATHS if code == -signal.SIGKILL else OTHER_DEATHS
         if job.alone and job.deaths >= needed:
-            log.warning("an item ended %d preparers (%s): refusing it", job.deaths, _how(code))
+            job.log(logging.WARNING, "an item ended %d preparers (%s): refusing it", job.deaths, _how(code))
             return BadMedia("its decoder hangs" if process.hung else "its decoder crashed")
         job.alone = True
         return None
@@ -435,9 +446,10 @@ class Preparers:
         limits = {Stage.PREPARING: OVERTIME * self._spec.decode_s, Stage.PLACING: PLACE_S}
         for job in process.jobs.values():
             if now - job.began > limits.get(job.stage, math.inf) and not job.overtime:
-                job.overtime = job.stage is Stage.PREPARING
+                job.overtime = process.overtime = job.stage is Stage.PREPARING
                 process.stalled = not job.overtime
-                log.error("preparer %d has been %s one item for %.0f s", process.index, job.stage, now - job.began)
+                age = now - job.began
+                job.log(logging.ERROR, "preparer %d has been %s one item for %.0f s", process.index, job.stage, age)
                 process.peer.kill()
         if process.still_s(now) > IDLE_S:
             process.hung = True

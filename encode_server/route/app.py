@@ -29,6 +29,7 @@ from encode_server.route.telemetry import Observed, RouteMetrics
 from encode_server.runtime.bodies import declared_length, from_json, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.service.keys import ApiKeys
+from encode_server.telemetry.request_ids import RequestIds
 from encode_server.wire.names import PUSHED_PREFIX
 
 P = ParamSpec("P")
@@ -225,6 +226,7 @@ def create_route_app(options: RouteOptions) -> FastAPI:
             yield
 
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
+    app.add_middleware(RequestIds)
     app.add_api_route("/v1/chat/completions", router.chat, methods=["POST"], response_model=None)
     app.add_api_route("/health", router.health, methods=["GET"])
     app.add_api_route("/health_generate", router.health, methods=["GET"], include_in_schema=False)

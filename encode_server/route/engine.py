@@ -13,6 +13,8 @@ import msgspec
 from starlette.responses import Response, StreamingResponse
 
 from encode_server.errors import DeliveryFailed
+from encode_server.telemetry.ids import current_ids
+from encode_server.telemetry.request_ids import HEADER
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ NOT_FORWARDED = frozenset(
         "content-length",
     }
 )
+# The proxy's own answers name the request already.
+NOT_RETURNED = NOT_FORWARDED - {"content-length"} | {HEADER.lower()}
 
 
 class Engine:
@@ -84,6 +88,8 @@ class Engine:
         """Send a request on, `target` as it came; returns when the engine has begun to answer, its body no longer kept.
         Raises DeliveryFailed when the engine does not answer."""
         kept = {name: value for name, value in headers.items() if name.lower() not in NOT_FORWARDED}
+        if (ids := current_ids()) is not None:
+            kept[HEADER.lower()] = ids.request_id
         if content or method not in ("GET", "DELETE"):
             kept["content-length"] = str(len(content))
         request = self._http.build_request(method, "/", headers=kept, content=_once([content]) if content else None)
@@ -95,7 +101,7 @@ class Engine:
             raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
         response = StreamingResponse(_chunks(answer), answer.status_code)
         for name, value in answer.headers.multi_items():
-            if name.lower() not in NOT_FORWARDED - {"content-length"}:
+            if name.lower() not in NOT_RETURNED:
                 response.headers.append(name, value)
         return response
 

@@ -120,7 +120,7 @@ async def until_signalled(
         elif time.monotonic() - first > SAME_SIGNAL_S:
             log.warning("a second signal: leaving at once")
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would show the cancelled lifespan
-            server.force_exit = True
+            server.force_exit = server.should_exit = True
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, leave)

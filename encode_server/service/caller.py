@@ -31,6 +31,13 @@ class Ask:
     frames: Literal["native", "sglang"] | None = None
     timeout_s: float | None = None
 
+    @property
+    def destination(self) -> str:
+        """Where the embedding goes, in one word: `answer`, `push` or `store`."""
+        if self.stored:
+            return "store"
+        return "answer" if self.prefill_host is None else "push"
+
 
 class Caller(Protocol):
     """One request's transport. Everything that is sent to the caller is sent by these methods, once."""

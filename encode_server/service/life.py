@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from encode_server.delivery.base import Part
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
@@ -18,22 +17,13 @@ from encode_server.runtime.caller import CallerGone
 from encode_server.runtime.tracebacks import let_go
 from encode_server.service.caller import Ask, Caller
 from encode_server.service.destinations import Destination
+from encode_server.service.record import Record, new_req_id, note_end
 from encode_server.service.server import Server
-from encode_server.telemetry.logs import log_request, quoted
+from encode_server.telemetry.logs import quoted
+from encode_server.telemetry.tracing import describe_request
 from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Record:
-    """What the request's log line and metrics say in the end."""
-
-    req_id: str | None = None
-    modality: str = "unknown"
-    items: int = 0
-    tokens: int = 0
-    stages: dict[str, float] = field(default_factory=dict)
 
 
 async def serve_encode(server: Server, caller: Caller) -> None:
@@ -42,28 +32,33 @@ async def serve_encode(server: Server, caller: Caller) -> None:
     The request holds its place from before its body is read until the last byte of its answer has been taken, and its
     outcome is what happened to that answer.
     """
-    record, started, outcome = _Record(), time.perf_counter(), "ok"
+    record, started, outcome = Record(), time.perf_counter(), "ok"
     try:
         async with _admitted(server, caller) as ticket:
             arrived = time.monotonic()
             ask = await _read(server, caller, ticket)
-            req_id = ask.req_id or uuid.uuid4().hex
+            req_id = ask.req_id or new_req_id()
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
+            record.destination = ask.destination
+            describe_request(req_id=req_id, modality=ask.modality, items=len(ask.items), destination=ask.destination)
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
             most = server.settings.max_answer_mb << 20
             request = EncodeRequest(req_id, ask.modality, ask.items, deadline, ticket, record.stages, most)
             await _encode_and_deliver(server, caller, ask, request, record)
     except CallerGone as gone:
         outcome = "gone"
+        describe_request(outcome=outcome)
         let_go(gone)
     except EncodeError as error:
         outcome = error.code
+        describe_request(outcome=outcome)
+        if error.bound is not None:
+            server.metrics.refusals[error.bound].inc()
         with contextlib.suppress(CallerGone):
             await caller.refuse(error, record.req_id)
         let_go(error)
-    server.metrics.count_request(record.modality, outcome)
     record.stages["total"] = time.perf_counter() - started
-    log_request(record.req_id or "-", record.modality, outcome, record.items, record.tokens, record.stages)
+    note_end(server.metrics, record, outcome)
 
 
 @contextlib.asynccontextmanager
@@ -104,9 +99,7 @@ async def _read(server: Server, caller: Caller, ticket: Ticket) -> Ask:
     return ask
 
 
-async def _encode_and_deliver(
-    server: Server, caller: Caller, ask: Ask, request: EncodeRequest, record: _Record
-) -> None:
+async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request: EncodeRequest, record: Record) -> None:
     part = Part(request.req_id, ask.part_idx, ask.num_parts, request.modality, server.model_name)
     destination: Destination | None = None
     with contextlib.ExitStack() as held:
@@ -117,6 +110,7 @@ async def _encode_and_deliver(
                 destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
+                describe_request(tokens=record.tokens)
                 caller.item_tokens = request.encoded_tokens // len(request.items)
                 began = time.perf_counter()
                 if destination is None:
@@ -127,7 +121,9 @@ async def _encode_and_deliver(
                         await destination.delivery.deliver(part, encoded)
                 spent = time.perf_counter() - began
                 request.spent("deliver", spent)
-                server.metrics.stage["deliver"].observe(spent)
+                if server.tracing is not None:
+                    server.tracing.stage("deliver", spent)
+                server.metrics.stage[request.modality]["deliver"].observe(spent)
             if destination is not None:
                 await caller.confirm(request.req_id, encoded, silent=destination.silent)
         except CallerGone:

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.folder import EntryFolder
@@ -40,13 +40,17 @@ from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
+from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost, Launched
-from encode_server.runtime.pools import Pools
+from encode_server.runtime.notify import notify
+from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
+from encode_server.service.gauges import show_gauges
 from encode_server.service.keys import ApiKeys
 from encode_server.settings import PRELOAD, Settings, preload_argument
 from encode_server.telemetry.metrics import Metrics
+from encode_server.telemetry.tracing import Tracing
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.load import Load
@@ -80,11 +84,12 @@ class Server:
     Raises StartupError when the settings cannot work.
     """
 
-    def __init__(self, settings: Settings, launched: Launched | None = None) -> None:
-        """`launched`: a forkserver that was started before, with `PRELOAD` and `preload_argument`."""
-        self.settings = settings
+    def __init__(self, settings: Settings, launched: Launched | None = None, tracing: Tracing | None = None) -> None:
+        """`launched`: a forkserver that was started before, with `PRELOAD` and `preload_argument`. `tracing`: None
+        where nothing is traced."""
+        self.settings, self.tracing = settings, tracing
         self._launched = launched
-        self.metrics = Metrics()
+        self.metrics = Metrics(__version__)
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
         self.admission = Admission(_admission_limits(settings))
@@ -96,7 +101,7 @@ class Server:
         self.sglang: SGLangDeliveries | None = None
         self._limits = media_limits(settings)
         self.destination_policy = DestinationPolicy(settings.destination_allow)
-        self._folder = _entry_folder(settings)
+        self.folder = _entry_folder(settings)
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -106,10 +111,11 @@ class Server:
         )
         check_media_options(settings)
         refuse_early(settings.model, settings.tp)
-        self._encoding: Encoding | None = None
+        self.encoding: Encoding | None = None
         self._changes = Changes()
         self._warm = False
-        self._draining = False
+        self._leaving = False  # said to those who ask whether to send requests here
+        self._draining = False  # requests are refused
 
     @contextlib.asynccontextmanager
     async def running(self, on_fatal: Callable[[str], None]) -> AsyncIterator[None]:
@@ -124,15 +130,17 @@ class Server:
         async with contextlib.AsyncExitStack() as stack:
             pools = Pools(settings.send_workers)
             stack.callback(pools.close)
-            self._arena = Arena(settings.arena_mb << 20)
-            stack.callback(self._arena.close)
+            if self.tracing is not None:
+                stack.push_async_callback(asyncio.to_thread, self.tracing.close)
+            self.arena = Arena(settings.arena_mb << 20)
+            stack.callback(self.arena.close)
             source = MediaSource(settings.media_allow, settings.media_roots, self._limits, pools.work)
             stack.push_async_callback(source.aclose)
             pusher = Pusher(settings.send_timeout_s)
             stack.callback(pusher.close)
             store = None
-            if self._folder is not None:
-                store = EmbeddingStore(self._folder, settings.ec_store_age_s, pools.store)
+            if self.folder is not None:
+                store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store)
             if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
@@ -154,8 +162,14 @@ class Server:
         return self.sglang.registrations
 
     async def drain(self) -> None:
-        """Withdraw what brings requests here, then take no new ones; those accepted go on."""
+        """Say that the server leaves, and withdraw what brings requests here; for `--drain-s` take those that come all
+        the same, because load balancers notice late; then take no new ones. Those accepted go on."""
+        self._leaving = True
+        notify("STOPPING=1")
         await self._announcer.withdraw()
+        if self.settings.drain_s and self.not_ready() is None:
+            log.info("leaving: requests are taken for %g s more", self.settings.drain_s)
+            await asyncio.sleep(self.settings.drain_s)
         self._draining = True
         self._changes.announce()
 
@@ -173,9 +187,9 @@ class Server:
 
     async def encode(self, request: EncodeRequest) -> Encoded:
         """The embedding of an admitted request, see `Pipeline.encode`."""
-        if self._encoding is None:
+        if self.encoding is None:
             raise NotReady(self.not_ready() or "loading")
-        return await self._encoding.pipeline.encode(request, self._encoding.route)
+        return await self.encoding.pipeline.encode(request, self.encoding.route)
 
     async def until_open(self, wait_s: float) -> None:
         """Return once requests are taken. Raises NotReady when that takes longer than `wait_s` seconds, or never
@@ -197,23 +211,27 @@ class Server:
         """See `Profiling.stop`."""
         return await self._profiling.stop(self._known().engine)
 
+    def unavailable(self) -> str | None:
+        """Why no requests should be sent here, or None when they should be."""
+        return "the server is stopping" if self._leaving else self.not_ready()
+
     def not_ready(self) -> str | None:
         """Why requests are not taken, or None when they are."""
         if self._draining:
             return "the server is stopping"
         if self.fatal is not None:
             return self.fatal
-        if self._encoding is None:
+        if self.encoding is None:
             return "the checkpoint is being looked up"
-        if not self._encoding.engine.ready:
-            return f"the encoder is {self._encoding.engine.state}"
+        if not self.encoding.engine.ready:
+            return f"the encoder is {self.encoding.engine.state}"
         if not self._warm:
             return "the encoder is warming up"
         return None
 
     def load(self) -> Load:
         """How much work there is, for those who choose among servers."""
-        if (encoding := self._encoding) is None:
+        if (encoding := self.encoding) is None:
             return Load(0.0)
         backlog_s = encoding.batcher.backlog_s + encoding.preparers.backlog_s
         held = self.admission.held.requests
@@ -223,49 +241,30 @@ class Server:
         return Load(backlog_s, encoding.batcher.capacity)
 
     async def health(self) -> Verdict:
-        """Encode something, or judge what is being encoded; see `HealthProbe`."""
-        if self._encoding is None or self.fatal is not None:
+        """Encode something, or judge what is being encoded; see `HealthProbe`. A server that leaves is not healthy:
+        whoever goes by this answer must stop sending requests."""
+        if self._leaving:
+            return Verdict(
+                False, {"status": "unhealthy", "reason": self.unavailable(), "engine": "stopping", "ranks": {}}
+            )
+        if self.encoding is None or self.fatal is not None:
             reason = self.fatal or "loading"
             engine = "failed" if self.fatal else "loading"
             return Verdict(False, {"status": "unhealthy", "reason": reason, "engine": engine, "ranks": {}})
-        verdict = await self._encoding.health.check()
+        verdict = await self.encoding.health.check()
         load = self.load()
         verdict.document |= {"backlog_seconds": round(load.backlog_s, 4), "capacity": load.capacity}
         return verdict
 
-    def render_metrics(self) -> bytes:
-        """Prometheus text, its gauges brought up to date."""
-        metrics = self.metrics
-        metrics.in_progress.set(self.admission.held.requests)
-        metrics.inflight_bytes.set(self.admission.held.bytes)
-        metrics.inflight_tokens.set(self.admission.held.tokens)
-        metrics.at_door.set(self.admission.waiting)
-        metrics.undelivered.set(self.undelivered.bytes)
-        metrics.registrations.set(len(self.sglang.registrations) if self.sglang else 0)
-        metrics.arena_used.set(self._arena.used)
-        metrics.arena_size.set(self._arena.size)
-        states = ["dead"] * self.settings.tp
-        if (encoding := self._encoding) is not None:
-            load = self.load()
-            metrics.backlog.set(load.backlog_s)
-            metrics.capacity.set(load.capacity or 0)
-            metrics.queued.set(encoding.batcher.queued)
-            metrics.in_flight.set(encoding.batcher.in_flight)
-            metrics.cache_bytes.set(encoding.cache.bytes)
-            metrics.restarts.set(encoding.engine.restarts)
-            metrics.preparer_restarts.set(encoding.preparers.restarts)
-            metrics.preparing_queued.set(encoding.preparers.queued)
-            for index, state in enumerate(encoding.preparers.states):
-                metrics.preparer_up.labels(str(index)).set(state != "starting")
-            states = encoding.engine.rank_states or states
-        for rank, state in enumerate(states):
-            metrics.rank_up.labels(str(rank)).set(state == "ready")
-        return metrics.render()
+    async def render_metrics(self, accept: str) -> tuple[bytes, str]:
+        """`/metrics`, its gauges brought up to date, and its content type; see `Metrics.render`."""
+        show_gauges(self)
+        return await run(self.pools.work, self.metrics.render, accept)  # some milliseconds: too long for the loop
 
     def _known(self) -> Encoding:
-        if self._encoding is None:
+        if self.encoding is None:
             raise NotReady("the checkpoint is being looked up")
-        return self._encoding
+        return self.encoding
 
     async def _pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> Pickled:
         return await self._known().preparers.pickle(dtype, grid, seconds)
@@ -287,7 +286,7 @@ class Server:
                         group.create_task(encoding.engine.run())
                         group.create_task(encoding.preparers.run())
                         group.create_task(encoding.batcher.run())
-                        self._encoding = encoding
+                        self.encoding = encoding
                         self._changes.announce()
                         await self._warm_up(encoding)
                 finally:
@@ -318,18 +317,18 @@ class Server:
             device=settings.device,
             dtype=settings.dtype,
             checkpoint_dtype=found.dtype,
-            threads=settings.rank_threads or max(1, (os.cpu_count() or 1) // settings.tp),
+            threads=settings.rank_threads or max(1, usable_cores() // settings.tp),
             facts=found.facts,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
-        engine = Supervisor(spec, forkserver, self._arena, options)
-        preparers = Preparers(self._preparer_spec(found), forkserver, self._arena.fd, metrics)
+        engine = Supervisor(spec, forkserver, self.arena, options, metrics)
+        preparers = Preparers(self._preparer_spec(found), forkserver, self.arena.fd, metrics)
         budgets = {
             Modality.IMAGE: settings.image_batch_tokens,
             Modality.VIDEO: settings.video_batch_tokens,
             Modality.AUDIO: settings.audio_batch_tokens,
         }
-        batcher = Batcher(engine, budgets, metrics)
+        batcher = Batcher(engine, budgets, metrics, self.tracing)
         cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), metrics)
         pipeline = Pipeline(
             model=found.name,
@@ -337,13 +336,14 @@ class Server:
             source=source,
             pools=self.pools,
             preparers=preparers,
-            arena=self._arena,
+            arena=self.arena,
             engine=engine,
             batcher=batcher,
             max_item_tokens=settings.max_item_tokens,
         )
         health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
-        return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, Route(cache, metrics))
+        route = Route(cache, metrics, self.tracing)
+        return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, route)
 
     def _preparer_spec(self, found: Inspection) -> PreparerSpec:
         settings = self.settings
@@ -356,7 +356,7 @@ class Server:
             max_item_tokens=settings.max_item_tokens,
             threads=-(-settings.preproc_workers // processes),
             memory_bytes=settings.preproc_memory_mb << 20,
-            arena_bytes=self._arena.size,
+            arena_bytes=self.arena.size,
         )
         return PreparerSpec(processes, setup.threads, settings.decode_s, setup)
 
@@ -372,6 +372,7 @@ class Server:
         self._warm = True
         self._changes.announce()
         log.info("ready for requests")
+        notify("READY=1")
         while True:  # who waits at the door waits for the ranks, too
             await encoding.engine.changed()
             self._changes.announce()
@@ -403,7 +404,7 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 def preparer_processes(workers: int) -> int:
     """How many preparers `--preproc-processes` 0 stands for: one for every two cores, and no more than threads."""
-    return max(1, min(workers, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(workers, usable_cores() // 2))
 
 
 def check_media_options(settings: Settings) -> None:

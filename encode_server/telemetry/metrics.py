@@ -1,144 +1,239 @@
-"""The Prometheus metrics of one server, in a registry of its own."""
+"""The Prometheus metrics of one server, in a registry of its own. docs/metrics.md lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
 
+from encode_server.errors import EncodeError
 from encode_server.wire.modality import Modality
 
-Metric = TypeVar("Metric", Counter, Histogram)
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
+DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
 STAGE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+LAG_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1)
+TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 131072)
+
 STAGES = ("fetch", "preprocess", "copy", "queue", "forward", "deliver")
 CPU_STAGES = ("decode", "preprocess", "copy")
-TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768, 65536, 131072)
+UNKNOWN = "unknown"  # modality and destination of a request that ended before its body was read
+DESTINATIONS = ("answer", "push", "store")
+ERRORS: tuple[type[EncodeError], ...] = (EncodeError, *EncodeError.__subclasses__())
+OUTCOMES = ("ok", "gone", *sorted({error.code for error in ERRORS}))
+REFUSING = ("requests", "bytes", "tokens", "client_share", "undelivered", "store")
+GROUP_CAUSES = ("died", "hang", "failed", "divided", "garbled", "not_started")
+PREPARER_CAUSES = ("died", "hang", "overtime", "failed")
+
+
+class Bounded:
+    """Two gauges: what is held now, and the most that may be."""
+
+    def __init__(self, name: str, documentation: str, registry: CollectorRegistry) -> None:
+        self._held = Gauge(name, documentation, registry=registry)
+        self._limit = Gauge(f"{name}_limit", f"Bound of {name}", registry=registry)
+
+    def show(self, held: float, limit: float) -> None:
+        """Set both."""
+        self._held.set(held)
+        self._limit.set(limit)
 
 
 class Metrics:
     """What is counted. Names and labels are what `/metrics` shows.
 
-    Series with labels are looked up here once: a look-up by label costs as much as the increment.
+    Series with labels are looked up here once: a look-up by label costs as much as the increment. It also makes a
+    series exist, at 0, before its first event, without which a rate misses that event.
     """
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "encode_requests", "Requests by modality and outcome", ["modality", "outcome"], registry=self.registry
+    def __init__(self, version: str = "") -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter and histogram, which nobody reads
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        GCCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        Info("encode_build", "The version that runs", registry=registry).info({"version": version})
+
+        # Requests and items.
+        requests = self._counter("encode_requests", "Requests by modality and outcome", "modality", "outcome")
+        self._requests = {
+            (modality, outcome): requests.labels(modality, outcome)
+            for modality in (UNKNOWN, *Modality)
+            for outcome in OUTCOMES
+        }
+        self._duration = Histogram(
+            "encode_request_duration_seconds",
+            "From the request's arrival to the last byte of its answer",
+            ["modality", "outcome", "destination"],
+            buckets=DURATION_BUCKETS,
+            registry=registry,
         )
-        self._requests: dict[tuple[str, str], Counter] = {}
-        stage = Histogram(
+        # Other outcomes get their series when they happen: all of them would be some thousands.
+        self._durations: dict[tuple[str, str, str], Histogram] = {
+            (modality, "ok", destination): self._duration.labels(modality, "ok", destination)
+            for modality in Modality
+            for destination in DESTINATIONS
+        }
+        stages = Histogram(
             "encode_stage_seconds",
-            "Time an item or request spent in a stage",
-            ["stage"],
+            "Time an item, or in `deliver` a request, spent in a stage",
+            ["stage", "modality"],
             buckets=STAGE_BUCKETS,
-            registry=self.registry,
+            registry=registry,
         )
-        self.stage: Mapping[str, Histogram] = {name: stage.labels(name) for name in STAGES}
-        stage_cpu = Counter(
-            "encode_stage_cpu_seconds",
-            "Processor time that the preparers spent on an item, by stage",
-            ["stage"],
-            registry=self.registry,
+        self.stage: Mapping[Modality, Mapping[str, Histogram]] = {
+            modality: {stage: stages.labels(stage, modality) for stage in STAGES} for modality in Modality
+        }
+        self._stage_cpu = _children(
+            self._counter("encode_stage_cpu_seconds", "Processor time that preparers spent on items", "stage"),
+            CPU_STAGES,
         )
-        self._stage_cpu = {name: stage_cpu.labels(name) for name in CPU_STAGES}
-        self.items = _by_modality(
-            Counter("encode_items", "Media items by modality", ["modality"], registry=self.registry)
-        )
+        self.items = _by_modality(self._counter("encode_items", "Items of requests that were answered", "modality"))
         self.preprocessed = _by_modality(
-            Counter("encode_preprocessed_items", "Items decoded and preprocessed", ["modality"], registry=self.registry)
+            self._counter("encode_preprocessed_items", "Items decoded and preprocessed", "modality")
         )
-        self.tokens = _by_modality(
-            Counter("encode_tokens", "Embedding rows delivered, by modality", ["modality"], registry=self.registry)
-        )
+        self.tokens = _by_modality(self._counter("encode_tokens", "Embedding rows delivered", "modality"))
         self.batch_tokens = _by_modality(
             Histogram(
                 "encode_batch_tokens",
                 "Encoder tokens (patches, mel frames) of a batch",
                 ["modality"],
                 buckets=TOKEN_BUCKETS,
-                registry=self.registry,
+                registry=registry,
             )
         )
-        cache = Counter("encode_cache", "Items looked up in the cache, by outcome", ["outcome"], registry=self.registry)
-        self.cache: Mapping[str, Counter] = {name: cache.labels(name) for name in ("hit", "miss", "shared")}
-        self.prepared_again = Counter(
-            "encode_prepared_again_items", "Items prepared again because a preparer was lost", registry=self.registry
+        self.cache = _children(
+            self._counter("encode_cache_lookups", "Items looked up in the cache, by outcome", "outcome"),
+            ("hit", "miss", "shared"),
         )
-        self.preparer_up = Gauge(
-            "encode_preparer_up", "1 when the preparer can work", ["preparer"], registry=self.registry
-        )
-        self.preparer_restarts = Gauge(
-            "encode_preparer_restarts", "Preparers started in place of lost ones", registry=self.registry
-        )
-        self.preparing_queued = Gauge(
-            "encode_queued_preparations", "Items waiting for a preparer's thread", registry=self.registry
-        )
-        self.cache_bytes = Gauge("encode_cache_bytes", "Bytes of embeddings in the cache", registry=self.registry)
-        self.dropped = Counter(
-            "encode_dropped_items", "Items ended before their forward, by reason", ["reason"], registry=self.registry
-        )
-        self.replayed = Counter(
-            "encode_replayed_items", "Items sent again because the ranks were lost", registry=self.registry
-        )
-        self.in_progress = Gauge(
-            "encode_requests_in_progress", "Requests admitted and not ended", registry=self.registry
-        )
-        self.inflight_bytes = Gauge(
-            "encode_inflight_bytes", "Bytes of bodies, downloads and embeddings of these", registry=self.registry
-        )
-        self.inflight_tokens = Gauge(
-            "encode_inflight_tokens", "Patches and mel frames of these", registry=self.registry
-        )
-        self.at_door = Gauge(
-            "encode_requests_at_door", "Requests that wait to be admitted, their bodies unread", registry=self.registry
-        )
-        self.backlog = Gauge(
-            "encode_backlog_seconds",
-            "Seconds until what the server holds is encoded, by learnt costs",
-            registry=self.registry,
-        )
-        self.capacity = Gauge(
-            "encode_capacity_tokens_per_second",
-            "Encoder tokens that the ranks encode in a second, learnt; 0 before that",
-            registry=self.registry,
-        )
-        self.queued = Gauge("encode_queued_items", "Items waiting for a batch", registry=self.registry)
-        self.in_flight = Gauge("encode_batches_in_flight", "Batches sent to the ranks", registry=self.registry)
-        self.undelivered = Gauge(
-            "encode_undelivered_bytes", "Bytes of embeddings that wait for a destination", registry=self.registry
-        )
-        self.registrations = Gauge(
-            "encode_registrations", "Parts for which destinations are registered or waited for", registry=self.registry
-        )
-        self.arena_used = Gauge("encode_arena_used_bytes", "Bytes of the arena granted", registry=self.registry)
-        self.arena_size = Gauge("encode_arena_size_bytes", "Bytes of the arena", registry=self.registry)
-        self.rank_up = Gauge("encode_rank_up", "1 when the rank is ready", ["rank"], registry=self.registry)
-        self.restarts = Gauge("encode_group_restarts", "Restarts of the rank group", registry=self.registry)
-        self.loop_lag = Histogram(
-            "encode_loop_lag_seconds",
-            "How late the event loop runs a timer",
-            buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1),
-            registry=self.registry,
+        self.dropped = _children(
+            self._counter("encode_dropped_items", "Items ended before their forward, by reason", "reason"),
+            ("gone", "late"),
         )
 
-    def count_request(self, modality: str, outcome: str) -> None:
-        """Count a request that has ended."""
-        key = (modality, outcome)
-        if key not in self._requests:
-            self._requests[key] = self.requests.labels(modality, outcome)
-        self._requests[key].inc()
+        # What is bounded, and which bound refused.
+        self.requests_held = self._bounded("encode_requests_in_progress", "Requests admitted and not ended")
+        self.bytes_held = self._bounded("encode_inflight_bytes", "Bytes of bodies, downloads and embeddings of these")
+        self.tokens_held = self._bounded("encode_inflight_tokens", "Patches and mel frames of these")
+        self.arena_held = self._bounded("encode_arena_used_bytes", "Bytes of the arena granted")
+        self.undelivered_held = self._bounded("encode_undelivered_bytes", "Bytes of embeddings on their way out")
+        self.cache_held = self._bounded("encode_cache_bytes", "Bytes of embeddings in the cache")
+        self.store_held = self._bounded("encode_store_bytes", "Bytes in the embedding store, as last counted")
+        self.threads_held = self._bounded("encode_preparer_threads_busy", "Preparers' threads that prepare an item")
+        self.refusals = _children(
+            self._counter("encode_refusals", "Requests refused, by the bound that refused", "bound"), REFUSING
+        )
+
+        # What waits.
+        self.at_door = self._gauge("encode_requests_at_door", "Requests that wait to be admitted, their bodies unread")
+        self.preparing_queued = self._gauge("encode_queued_preparations", "Items waiting for a preparer's thread")
+        self.queued = self._gauge("encode_queued_items", "Items, or pieces of them, waiting for a batch")
+        self.backlog = self._gauge("encode_backlog_seconds", "Seconds until what the server holds is encoded, learnt")
+        self.in_flight = self._gauge("encode_batches_in_flight", "Batches sent to the ranks")
+        self.forward_age = self._gauge("encode_oldest_forward_seconds", "Age of the oldest forward; 0 without one")
+        self.forward_limit = self._gauge("encode_oldest_forward_seconds_limit", "Age at which it counts as a hang")
+        self.registrations = self._gauge(
+            "encode_registrations", "Parts for which destinations are registered or waited for"
+        )
+
+        # Processes.
+        self.ready = self._gauge("encode_ready", "1 when requests are taken")
+        self._rank_up = Gauge("encode_rank_up", "1 when the rank is ready", ["rank"], registry=registry)
+        self._preparer_up = Gauge("encode_preparer_up", "1 when the preparer works", ["preparer"], registry=registry)
+        self.group_restarts = _children(
+            self._counter("encode_group_restarts", "Restarts of the rank group, by cause", "cause"), GROUP_CAUSES
+        )
+        self.preparer_restarts = _children(
+            self._counter("encode_preparer_restarts", "Preparers started in place of lost ones, by cause", "cause"),
+            PREPARER_CAUSES,
+        )
+        self.replayed = Counter(
+            "encode_replayed_items", "Items sent again because the ranks were lost", registry=registry
+        )
+        self.prepared_again = Counter(
+            "encode_prepared_again_items", "Items prepared again because a preparer was lost", registry=registry
+        )
+        self.loop_lag = Histogram(
+            "encode_loop_lag_seconds", "How late the event loop runs a timer", buckets=LAG_BUCKETS, registry=registry
+        )
+
+        # What has been learnt of a forward's cost; 0 before.
+        self.capacity = self._gauge(
+            "encode_capacity_tokens_per_second",
+            "Encoder tokens that the ranks encode in a second",
+        )
+        self.speed = _by_modality(
+            Gauge("encode_learnt_patches_per_second", "Speed of a forward", ["modality"], registry=registry)
+        )
+        self.patches_per_pair = _by_modality(
+            Gauge(
+                "encode_learnt_patches_per_pair",
+                "Patches that cost as much as a pair of patches in attention",
+                ["modality"],
+                registry=registry,
+            )
+        )
+
+    def end_request(
+        self, modality: str, outcome: str, destination: str, seconds: float, trace_id: str | None = None
+    ) -> None:
+        """Count a request that has ended; `trace_id` goes with its duration as an exemplar."""
+        self._requests[modality, outcome].inc()
+        key = (modality, outcome, destination)
+        if key not in self._durations:
+            self._durations[key] = self._duration.labels(*key)
+        self._durations[key].observe(seconds, {"trace_id": trace_id} if trace_id else None)
 
     def spend(self, stage: str, seconds: float) -> None:
         """Count processor time of a stage."""
         self._stage_cpu[stage].inc(seconds)
 
-    def render(self) -> bytes:
-        """The text format."""
-        return generate_latest(self.registry)
+    def show_ranks(self, states: Iterable[bool]) -> None:
+        """Which ranks are ready."""
+        _show_each(self._rank_up, states)
+
+    def show_preparers(self, states: Iterable[bool]) -> None:
+        """Which preparers work."""
+        _show_each(self._preparer_up, states)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The text, and its content type: OpenMetrics, with exemplars, where the header `Accept` asks for it."""
+        encode: Callable[[CollectorRegistry], bytes]
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        return Counter(name, documentation, labels, registry=self.registry)
+
+    def _gauge(self, name: str, documentation: str) -> Gauge:
+        return Gauge(name, documentation, registry=self.registry)
+
+    def _bounded(self, name: str, documentation: str) -> Bounded:
+        return Bounded(name, documentation, self.registry)
+
+
+def _children(metric: Metric, values: Iterable[str]) -> Mapping[str, Metric]:
+    """The series of a metric with one label, by that label's value."""
+    return {value: metric.labels(value) for value in values}
 
 
 def _by_modality(metric: Metric) -> Mapping[Modality, Metric]:
     return {modality: metric.labels(modality) for modality in Modality}
+
+
+def _show_each(gauge: Gauge, states: Iterable[bool]) -> None:
+    for index, state in enumerate(states):
+        gauge.labels(str(index)).set(state)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from encode_server.engine.arena import Arena
-from encode_server.engine.group import GroupLost, GroupSpec, Pending
+from encode_server.engine.group import Cause, GroupLost, GroupSpec, Pending
 from encode_server.errors import StartupError
 from encode_server.runtime.forkserver import Forkserver
 from encode_server.wire import ranks as m
@@ -24,6 +24,7 @@ class StandInGroup:
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.states, self.pids = ["ready"], [1]
         self.forwarded = 0
+        self.cause = Cause.NOT_STARTED
         self.age = 0.0
         self.pending: list[Pending] = []
         self.stopped = False
@@ -60,16 +61,17 @@ class StandInGroup:
             pending.future.set_result([m.Done(0, 1)])
         self.pending.clear()
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, cause: Cause) -> None:
         if self.lost.done():
             return
+        self.cause = cause
         self.lost.set_result(reason)
         for pending in self.pending:
             pending.future.set_exception(GroupLost(reason, suspect=True))
             pending.future.exception()
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        self.fail("stopped")
+        self.fail("stopped", self.cause)
         self.stopped = True
 
 

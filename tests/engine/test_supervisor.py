@@ -11,9 +11,10 @@ from typing import Any, cast
 import pytest
 
 from encode_server.engine import restarts, supervisor
-from encode_server.engine.group import GroupLost, GroupSpec
+from encode_server.engine.group import Cause, GroupLost, GroupSpec
 from encode_server.engine.supervisor import COLD_FORWARDS, EngineState, Supervisor, SupervisorOptions
 from encode_server.errors import NotReady, StartupError
+from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.modality import Modality
 from tests.engine.group_standin import INFO, Groups
 from tests.pipeline.desk import until
@@ -34,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             spec = GroupSpec("", 1, "cpu", "float32", "float32", 1)
             settings = SupervisorOptions(**{"stall_s": 60.0, "load_timeout_s": 5.0, "restarts": 10} | options)
             nobody = cast(Any, None)
-            engine = Supervisor(spec, nobody, nobody, settings)
+            engine = Supervisor(spec, nobody, nobody, settings, Metrics())
             running = asyncio.create_task(engine.run())
             with contextlib.suppress(GroupLost):
                 await engine.wait_ready()
@@ -74,7 +75,7 @@ def test_ranks_that_got_work_done_are_started_again_without_delay(run: Run, capl
     async def scenario(engine: Supervisor, groups: Groups) -> None:
         for index in range(5):
             await warm(engine, groups)
-            groups.last.fail("rank 0 exited with SIGKILL")
+            groups.last.fail("rank 0 exited with SIGKILL", Cause.DIED)
             await until(lambda: len(groups.all) == index + 2 and engine.ready)  # noqa: B023
         assert engine.restarts == 5
 
@@ -89,7 +90,7 @@ def test_ranks_that_get_nothing_done_are_started_ever_later(
 
     async def scenario(engine: Supervisor, groups: Groups) -> None:
         for index in range(4):
-            groups.last.fail("rank 0 exited with SIGSEGV")
+            groups.last.fail("rank 0 exited with SIGSEGV", Cause.DIED)
             await until(lambda: len(groups.all) == index + 2 and engine.ready)  # noqa: B023
 
     run(scenario)
@@ -101,7 +102,7 @@ def test_too_many_losses_without_work_are_fatal(run: Run, monkeypatch: pytest.Mo
 
     async def scenario(engine: Supervisor, groups: Groups) -> None:
         groups.failure = "no memory on device 0"
-        groups.last.fail("rank 0 exited with SIGKILL")
+        groups.last.fail("rank 0 exited with SIGKILL", Cause.DIED)
         with pytest.raises(GroupLost, match="no memory on device 0"):
             while True:
                 await engine.wait_ready()
@@ -122,7 +123,7 @@ def test_ranks_that_cannot_load_the_first_time_are_not_tried_again(monkeypatch: 
 
     async def scene() -> None:
         with pytest.raises(StartupError, match="of another model"):
-            await Supervisor(nobody, nobody, nobody, options).run()
+            await Supervisor(nobody, nobody, nobody, options, Metrics()).run()
 
     asyncio.run(scene())
     assert len(groups.all) == 1
@@ -132,7 +133,7 @@ def test_the_engine_is_not_ready_from_the_moment_of_the_loss(run: Run) -> None:
     async def scenario(engine: Supervisor, groups: Groups) -> None:
         task = forward(engine)
         await until(lambda: bool(groups.last.pending))
-        groups.last.fail("rank 0 exited with SIGKILL")
+        groups.last.fail("rank 0 exited with SIGKILL", Cause.DIED)
         assert engine.state is EngineState.RESTARTING and not engine.ready and "SIGKILL" in engine.reason
         with pytest.raises(GroupLost):
             await engine.forward(Modality.IMAGE, ())
@@ -205,7 +206,7 @@ def test_what_is_asked_of_a_stopped_engine_is_not_ready(run: Run) -> None:
 def test_a_line_in_the_log_says_why(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(engine: Supervisor, groups: Groups) -> None:
         await warm(engine, groups)
-        groups.last.fail("rank 0 exited with SIGKILL")
+        groups.last.fail("rank 0 exited with SIGKILL", Cause.DIED)
         await until(lambda: len(groups.all) == 2)
 
     with caplog.at_level(logging.ERROR):

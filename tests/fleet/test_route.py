@@ -60,6 +60,7 @@ def test_embeddings_are_in_place_when_the_engine_is_asked(fleet, engine, route):
     body = chat(image(png(64, 64, 20)), image(png(64, 96, 21)), video, temperature=0)
     answer = post(route, body, headers={"Authorization": "Bearer engine-key", "X-Request-Id": "r7"})
     assert answer.json()["choices"][0]["message"]["content"] == "one two three"
+    assert answer.headers.get_list("x-request-id") == ["r7"]
     found = engine.found[-1]
     assert len(found) == 3 and all(found.values())
     assert engine.headers[-1]["authorization"] == "Bearer engine-key" and engine.headers[-1]["x-request-id"] == "r7"

@@ -25,6 +25,7 @@ def test_places_are_bounded_and_come_back():
     held = [enter(gate) for _ in range(3)]
     with pytest.raises(TooBusy) as refused:
         enter(gate)
+    assert refused.value.bound == "requests"
     assert 1 <= int(refused.value.headers["Retry-After"]) <= 60
     leave(held.pop())
     leave(enter(gate))
@@ -36,8 +37,9 @@ def test_a_client_has_all_places_alone_and_its_share_beside_others():
     held = [enter(gate, "greedy") for _ in range(9)]
     other = enter(gate, "modest")
     leave(held.pop())
-    with pytest.raises(TooBusy, match="share"):
+    with pytest.raises(TooBusy, match="share") as refused:
         enter(gate, "greedy")
+    assert refused.value.bound == "client_share"
     leave(enter(gate, "modest"))
     leave(other)
     leave(enter(gate, "greedy"))  # alone again
@@ -46,8 +48,9 @@ def test_a_client_has_all_places_alone_and_its_share_beside_others():
 def test_a_body_too_many_is_refused_before_it_is_read():
     gate = admission()
     with gate.admit("a", 600):
-        with pytest.raises(TooBusy, match="media"):
+        with pytest.raises(TooBusy, match="media") as refused:
             enter(gate, "b", 600)
+        assert refused.value.bound == "bytes"
         leave(enter(gate, "b", 300))
     assert gate.held.bytes == 0
     leave(enter(gate, "b", 5000))  # larger than the bound, but nothing else is there: it may try

@@ -10,7 +10,6 @@ import pytest
 
 from encode_server.errors import TooBusy
 from encode_server.pipeline.admission import Admission, AdmissionLimits, Ticket
-from encode_server.telemetry.metrics import Metrics
 
 
 class Visitor:
@@ -39,7 +38,7 @@ class Door:
     """An admission, and its visitors."""
 
     def __init__(self, requests: int, nbytes: int, share: float) -> None:
-        self.gate = Admission(AdmissionLimits(requests, nbytes, 1000, share), Metrics())
+        self.gate = Admission(AdmissionLimits(requests, nbytes, 1000, share))
         self.visitors: list[Visitor] = []
 
     async def visit(self, client: str = "a", nbytes: int = 0, wait_s: float = 60.0) -> Visitor:

@@ -23,7 +23,7 @@ def test_the_docs_show_the_table():
 
 
 def test_every_bound_has_an_owner_an_option_and_a_metric_that_exist():
-    shown = Metrics().render().decode()
+    shown = Metrics().render()[0].decode()
     for bound in bounds(Settings()):
         assert (ROOT / "encode_server" / bound.owner).is_file(), bound
         assert not bound.option or bound.option in Settings.model_fields, bound

@@ -1,0 +1,102 @@
+"""What is to be deployed: valid for Kubernetes and systemd, and in accord with the server's own options."""
+
+from __future__ import annotations
+
+import configparser
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from encode_server.settings import load_settings
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+OVERLAYS = ("gpu", "cpu")
+
+
+@pytest.fixture(scope="module", params=OVERLAYS)
+def rendered(request) -> dict[str, dict[str, Any]]:
+    """An overlay's resources by kind."""
+    return {resource["kind"]: resource for resource in render(request.param)}
+
+
+def render(overlay: str) -> list[dict[str, Any]]:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / overlay)]
+    return list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def pod(rendered: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    spec = rendered["Deployment"]["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    return spec, container
+
+
+def test_kubernetes_takes_it(rendered):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    assert {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "ConfigMap"} == set(rendered)
+    for resource in rendered.values():
+        kubernetes_validate.validate(resource, "1.32", strict=True)
+
+
+def test_the_monitoring_overlay_renders():
+    kinds = [resource["kind"] for resource in render("monitoring")]
+    assert sorted(kinds) == ["ConfigMap", "PrometheusRule", "ScaledObject", "ServiceMonitor"]
+
+
+def test_selectors_find_the_pods_and_only_them(rendered):
+    labels = rendered["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    for selector in (
+        rendered["Service"]["spec"]["selector"],
+        rendered["Deployment"]["spec"]["selector"]["matchLabels"],
+        rendered["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        rendered["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+    ):
+        assert selector and selector.items() <= labels.items()
+
+
+def test_the_pod_outlives_its_requests(rendered, tmp_path):
+    (text,) = rendered["ConfigMap"]["data"].values()
+    (tmp_path / "options.toml").write_text(text)
+    settings = load_settings({"config": str(tmp_path / "options.toml")})
+    spec, container = pod(rendered)
+    waits = container["lifecycle"]["preStop"]["sleep"]["seconds"] + settings.drain_s + settings.grace_s
+    assert spec["terminationGracePeriodSeconds"] >= waits + 10
+    readiness = container["readinessProbe"]
+    assert settings.drain_s >= readiness["periodSeconds"] * readiness["failureThreshold"]
+
+
+def test_probes_ask_what_they_mean(rendered):
+    _, container = pod(rendered)
+    paths = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")}
+    assert paths == {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
+
+
+def test_a_pod_may_do_no_more_than_it_must(rendered):
+    spec, container = pod(rendered)
+    assert spec["enableServiceLinks"] is False and spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_systemd_takes_the_unit(tmp_path):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    unit = (DEPLOY / "systemd/encode-server.service").read_text()
+    file = tmp_path / "encode-server.service"
+    file.write_text(unit.replace("/opt/encode-server/bin/encode-server", "/bin/true"))
+    ran = subprocess.run(["systemd-analyze", "verify", str(file)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_systemd_waits_for_the_drain_and_the_grace():
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]
+    unit.read(DEPLOY / "systemd/encode-server.service")
+    settings = load_settings({"config": str(DEPLOY / "systemd/encode-server.toml")})
+    assert int(unit["Service"]["TimeoutStopSec"]) >= settings.drain_s + settings.grace_s + 10
+    assert unit["Service"]["Type"] == "notify" and unit["Service"]["KillMode"] == "mixed"
