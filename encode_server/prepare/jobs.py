@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -81,6 +82,7 @@ class PreparerProcess:
     stalled: bool = False
     hung: bool = False
     overtime: bool = False  # killed because an item took too long
+    began: float = field(default_factory=time.monotonic)
     active_s: float = 0.0
     active_at: float = 0.0
 
@@ -107,9 +109,11 @@ class PreparerProcess:
         return any(job.alone for job in self.preparing)
 
     def still_s(self, now: float) -> float:
-        """For how many seconds the process has neither run nor waited for a core although it is busy. 0 where the
-        kernel does not say."""
+        """For how many seconds the process has neither run nor waited for a core although it is busy or starts. 0 where
+        the kernel does not say."""
         began = [job.began for job in self.jobs.values() if job.stage in (Stage.PREPARING, Stage.PLACING)]
+        if not self.ready:
+            began.append(self.began)
         if self.peer.pid is None or not began or now - min(began) < LOOK_S:
             self.active_at = now
             return 0.0

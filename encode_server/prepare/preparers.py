@@ -37,6 +37,7 @@ MAX_HELD = 512 << 20  # bytes of tensors that wait in the preparers for room in 
 OVERTIME = 1.5  # times `decode_s`: the decoders check the time themselves where they can; beyond this nothing checked
 PLACE_S = 30.0  # longest time for copying tensors into the arena
 IDLE_S = 3.0  # a process that works on an item and has neither run nor waited for a core for so long is stopped
+START_IDLE_S = 10.0  # the same for a process that starts, and may wait for a slow disk
 WATCH_S = 0.5
 ITEM_WEIGHT = 0.05  # of one item in the mean of the items' processor time
 MAX_BARREN = 5  # processes in a row that ended before they could prepare anything
@@ -439,8 +440,7 @@ class Preparers:
             await asyncio.sleep(WATCH_S)
             now = time.monotonic()
             for process in list(self._processes.values()):
-                if process.ready:
-                    self._judge(process, now)
+                self._judge(process, now)
 
     def _judge(self, process: PreparerProcess, now: float) -> None:
         limits = {Stage.PREPARING: OVERTIME * self._spec.decode_s, Stage.PLACING: PLACE_S}
@@ -451,7 +451,7 @@ class Preparers:
                 age = now - job.began
                 job.log(logging.ERROR, "preparer %d has been %s one item for %.0f s", process.index, job.stage, age)
                 process.peer.kill()
-        if process.still_s(now) > IDLE_S:
+        if process.still_s(now) > (IDLE_S if process.ready else START_IDLE_S):
             process.hung = True
             log.error("preparer %d stands still", process.index)
             process.peer.kill()

@@ -138,5 +138,8 @@ def main(argument: bytes, fds: Sequence[int]) -> int:
         return 3
     if (Path(setup.path) / "dies_early").exists():
         return 9
+    if (once := Path(setup.path) / "stops_early").exists():
+        once.unlink()
+        os.kill(os.getpid(), signal.SIGSTOP)
     FakeWorker(setup, mmap.mmap(fds[0], setup.arena_bytes)).serve()
     return 0

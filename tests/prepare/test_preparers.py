@@ -139,6 +139,19 @@ def test_a_stopped_process_is_replaced_and_its_items_are_prepared(run: Run, monk
     run(scenario)
 
 
+def test_a_process_that_stops_while_it_starts_is_replaced(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparers, "START_IDLE_S", 0.2)
+    (tmp_path / "stops_early").touch()
+
+    async def scenario(k: Kitchen) -> None:
+        assert await k.prepare("x") == b"x" * 256
+        assert k.preparers.restarts >= 1
+
+    run(scenario)
+
+
 def test_an_item_whose_decoder_waits_for_ever_is_refused_in_the_end(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """And is not begun again and again, at the cost of its neighbours."""
     monkeypatch.setattr(preparers, "IDLE_S", 0.2)

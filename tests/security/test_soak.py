@@ -15,8 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from encode_server.service.memory import worst_case
 
+from encode_server.memory import worst_case
 from encode_server.settings import load_settings
 from tests.live import LiveServer
 from tests.media.web_server import web_server
