@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal
 
@@ -25,6 +26,7 @@ PROBE_TIMEOUT_S = 3.0
 SICK_PROBE_S = 0.5
 PATIENT_PROBES = 20  # of a sick encoder, at SICK_PROBE_S; later ones are further and further apart
 MISSES = 2  # a machine that is short of CPU misses one now and then
+MAX_PLACED = 16384  # items of which is known where they went last
 AHEAD_S = 0.1  # an item leaves its owner when another encoder could begin so much earlier, and
 AHEAD_ITEMS = 2.0  # so many times an item's device time earlier: elsewhere the item may have to be encoded again
 
@@ -73,6 +75,7 @@ class Encoders:
         self._watchers: dict[Encoder, asyncio.Task[None]] = {}
         self._watching: asyncio.TaskGroup | None = None
         self._changed = asyncio.Event()
+        self._placed: OrderedDict[bytes, Encoder] = OrderedDict()  # where an item went last, that one the last
         for url in urls:
             self.add(url)
 
@@ -115,8 +118,8 @@ class Encoders:
     def pick(self, key: bytes, avoid: Collection[Encoder] = ()) -> Encoder | None:
         """The encoder for an item right now, None when all are sick or busy.
 
-        By content: the item's owner, unless another encoder could begin so much earlier that encoding the item again
-        would cost less than waiting.
+        By content: the encoder that was given the item last, else the item's owner, unless another encoder could begin
+        so much earlier that encoding the item again would cost less than waiting.
         """
         now = time.monotonic()
         ready = [encoder for encoder in self.all if encoder.healthy and encoder.not_before <= now]
@@ -124,11 +127,17 @@ class Encoders:
         if not ready:
             return None
         ordered = by_affinity(key, [(encoder.url, encoder) for encoder in ready])
-        owner, least = ordered[0], min(ordered, key=lambda encoder: encoder.work.seconds)
+        least = min(ordered, key=lambda encoder: encoder.work.seconds)
         if self._choice == "least_loaded":
             return least
+        last = self._placed.pop(key, None)
+        owner = last if last in ready else ordered[0]
         ahead_s = max(AHEAD_S, AHEAD_ITEMS * least.work.item_s)
-        return owner if owner.work.seconds <= least.work.seconds + ahead_s else least
+        chosen = owner if owner.work.seconds <= least.work.seconds + ahead_s else least
+        self._placed[key] = chosen
+        if len(self._placed) > MAX_PLACED:
+            self._placed.popitem(last=False)
+        return chosen
 
     def plan(self, keys: Sequence[bytes]) -> list[list[int]]:
         """The items, by index, in groups that go to one encoder each."""

@@ -174,8 +174,8 @@ class EncoderPool:
         req_id: str | None = None,
         timeout: float | None = None,
     ) -> tuple[ItemInfo, ...]:
-        """Have each item encoded into the cache of the encoder that the same item will be sent to later (see
-        `EncodeClient.warm`)."""
+        """Have the items encoded into the cache of the encoder that a request for the same items will be sent to later
+        (see `EncodeClient.warm`): all of them into one, the encoder of the first item, as SGLang asks for them."""
 
         async def warmed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
             receipt = await attempt.client.warm(
@@ -183,7 +183,9 @@ class EncoderPool:
             )
             return receipt.items
 
-        return _item_infos(len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, warmed))
+        return _item_infos(
+            len(media), await self._spread(media, req_id or uuid.uuid4().hex, timeout, warmed, together=True)
+        )
 
     async def hand_over(
         self,
@@ -225,9 +227,9 @@ class EncoderPool:
         return tuple(info for task in tasks for part in task.result() for info in part.result)
 
     async def _spread(
-        self, media: Sequence[Media], req_id: str, timeout: float | None, send: _Send[T]
+        self, media: Sequence[Media], req_id: str, timeout: float | None, send: _Send[T], *, together: bool = False
     ) -> list[_Part[T]]:
-        """Send the items to their encoders, in parts, until each part came back once."""
+        """Send the items to their encoders, in parts, until each part came back once. `together`: in one part."""
         limit = self._timeout if timeout is None else timeout
         keys = [item_key(item) for item in media]
         last: list[Exception] = []
@@ -235,7 +237,8 @@ class EncoderPool:
         tasks: list[asyncio.Task[_Part[T]]] = []
         try:
             async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
-                for number, indices in enumerate(self._encoders.plan(keys)):
+                plan = [list(range(len(media)))] if together else self._encoders.plan(keys)
+                for number, indices in enumerate(plan):
                     one = self._until_done(f"{req_id}/{number}", media, keys, indices, deadline, send, last)
                     tasks.append(group.create_task(one))
         except TimeoutError:

@@ -64,6 +64,19 @@ def test_a_faster_encoder_is_given_more():
     assert given.count(fast) == 40
 
 
+def test_an_item_that_went_elsewhere_stays_there():
+    """Its embedding is in that encoder's cache now."""
+    pool = encoders()
+    a, b, c = pool.all
+    key = owned_by("http://a:1")
+    a.work.say(Load(5.0)), b.work.say(Load(0.0)), c.work.say(Load(0.3))
+    assert pool.pick(key) is b
+    a.work.say(Load(0.0))
+    assert pool.pick(key) is b
+    b.healthy = False
+    assert pool.pick(key) is a
+
+
 def test_members_come_and_go():
     pool = encoders()
     pool.remove("http://a:1/")

@@ -40,10 +40,9 @@ def test_the_encoder_that_sglang_will_be_sent_to_has_the_image_already(fleet, en
     async def ask():
         # As the prefill asks: one part, to the proxy; here for the embedding itself, which the answer holds.
         async with EncodeClient(route) as client:
-            asked = [client.encode_json([data_uri(data)], "image", req_id=f"p{i}") for i, data in enumerate(pictures)]
-            return [await one for one in asked]
+            return await client.encode_json([data_uri(data) for data in pictures], "image", req_id="p")
 
-    assert all(embedding.items[0].cached for embedding in asyncio.run(ask()))
+    assert all(item.cached for item in asyncio.run(ask()).items)
 
 
 def test_broken_media_is_answered_to_its_user_and_reaches_no_prefill(fleet, engine, route):
