@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     _add_options(serve, skip="model")
 
-    demo = commands.add_parser("demo", help="serve the demo checkpoint and encode a picture, a clip and a sound")
+    demo = commands.add_parser("demo", help="serve the demo checkpoint and encode an image, a clip and audio")
     demo.add_argument("--once", action="store_true", help="exit after the table")
     _add_options(demo, skip="model")
 

@@ -50,7 +50,7 @@ def pool(what: str, seed: int = 0, count: int = PICTURES) -> list[UniqueMedia]:
         return [unique.wav()]
     if what.isdigit() and 1 <= int(what) <= 16384:
         return [unique.jpeg(int(what), int(what), seed * PICTURES + index) for index in range(count)]
-    raise StartupError(f"{what!r} is no medium to send: takes video, audio or the side of a picture in pixels")
+    raise StartupError(f"{what!r} is no medium to send: takes video, audio or the side of an image in pixels")
 
 
 def requests(whats: Sequence[str], items: int = 1, seed: int = 0) -> Iterator[LoadRequest]:

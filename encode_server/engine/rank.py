@@ -1,6 +1,7 @@
 """A rank: one process, one device. Receives commands in order, executes each, acknowledges it, and decides nothing.
 
-With other ranks it executes one after another, because collectives have to come in one order; alone, several at once.
+With other ranks, a rank executes one command after another, because collectives have to come in one order; alone, it
+executes several forwards concurrently.
 
 The forkserver runs `main` in a child.
 """
@@ -29,10 +30,10 @@ from encode_server.models.encoder import Encoder, load_encoder
 from encode_server.runtime.channel import Channel
 from encode_server.wire import ranks as m
 
-NICE = 5  # of a rank on a CPU: the front, which shares its cores, needs them seldom, for moments, and at once
+NICE = 5  # of a rank on a CPU: the front runs rarely and briefly on the same cores, but must run immediately
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
-ON_A_CPU = 8  # batches at once, at most: beyond that Python's own part of a forward, one thread at a time, counts
-ON_A_GPU = 2  # batches at once: while one computes, the other is copied in and out
+ON_A_CPU = 8  # most concurrent batches: beyond that, Python's own part of a forward, one thread at a time, counts
+ON_A_GPU = 2  # concurrent batches: while one computes, the other is copied in and out
 
 
 class TensorStore:

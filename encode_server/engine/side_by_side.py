@@ -1,4 +1,4 @@
-"""Several forwards at once, each on a thread of its own."""
+"""Several concurrent forwards, each on a thread of its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from threading import Lock
 
 
 class SideBySide:
-    """Runs `count` jobs at once; those that run share the `cores`. `prepare` is called first in each thread.
+    """Runs `count` jobs concurrently; those that run share the `cores`. `prepare` is called first in each thread.
 
     On a CPU, a job per core: threads that share one matrix product wait for each other at its end, dozens of times per
     layer, so whoever takes one core for a moment holds up all of them. Side by side they need not: on 2 cores 1.3 times

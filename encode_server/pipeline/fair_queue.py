@@ -15,7 +15,7 @@ _Lane = tuple[str, Modality]
 class FairQueue:
     """Jobs in lanes, one per client and modality, served in turn.
 
-    So neither a client with a thousand items nor one with a ten-minute video holds back another's picture.
+    So neither a client with a thousand items nor one with a ten-minute video holds back another's image.
     """
 
     def __init__(self, cost: Callable[[Piece], int] = lambda piece: piece.cost) -> None:
