@@ -59,10 +59,12 @@ class Prometheus:
     def query(self, expression: str) -> list[dict[str, str]]:
         """The labels of each sample, none while it is not there yet."""
         try:
-            answer = httpx.get(self.url + "/api/v1/query", params={"query": expression}, timeout=10).json()
+            answer = httpx.get(self.url + "/api/v1/query", params={"query": expression}, timeout=10)
         except httpx.TransportError:
             return []
-        return [sample["metric"] for sample in answer["data"]["result"]]
+        if answer.status_code == 503:  # it is starting
+            return []
+        return [sample["metric"] for sample in answer.json()["data"]["result"]]
 
     def exemplars(self, expression: str) -> list[str]:
         ago = {"query": expression, "start": 0, "end": 4_000_000_000}
