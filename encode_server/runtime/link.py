@@ -16,6 +16,10 @@ from encode_server.runtime.rundir import RunDirectory
 
 Frames = Sequence[bytes | memoryview]
 
+# As plain integers: each `|` and `&` of zmq's flags makes an enumeration's member anew, and a message takes six of
+# them.
+NOBLOCK, SNDMORE, EVENTS = int(zmq.NOBLOCK), int(zmq.SNDMORE), int(zmq.EVENTS)
+POLLIN, POLLOUT = int(zmq.POLLIN), int(zmq.POLLOUT)
 LARGE = 256 << 10  # bytes of a frame from which libzmq sends the caller's memory instead of a copy
 
 
@@ -59,24 +63,24 @@ class Link:
     def _try_send(self, frames: Frames) -> bool:
         try:
             for frame in frames[:-1]:
-                self._send_frame(frame, zmq.SNDMORE)
+                self._send_frame(frame, SNDMORE)
             self._send_frame(frames[-1], 0)
         except zmq.Again:
             return False
         return True
 
     def _send_frame(self, frame: bytes | memoryview, flags: int) -> None:
-        self._socket.send(frame, flags | zmq.NOBLOCK, copy=len(frame) < LARGE)
+        self._socket.send(frame, flags | NOBLOCK, copy=len(frame) < LARGE)
 
     def drain(self) -> None:
         """Hand over every message that has arrived, and send what waits for the child to connect."""
         self._drain_due = False
         while not self._socket.closed:
-            events = int(self._socket.getsockopt(zmq.EVENTS))
-            if events & zmq.POLLIN:
+            events = int(self._socket.getsockopt(EVENTS))
+            if events & POLLIN:
                 self._remove_directory()  # the child has connected, so the socket's file has done its work
-                self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
-            elif self._waiting and events & zmq.POLLOUT and self._try_send(self._waiting[0]):
+                self._on_message(self._socket.recv_multipart(NOBLOCK))
+            elif self._waiting and events & POLLOUT and self._try_send(self._waiting[0]):
                 self._waiting.popleft()
             else:
                 return
