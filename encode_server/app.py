@@ -112,7 +112,7 @@ def __getattr__(name: str) -> Any:
     if name != "app":
         raise AttributeError(name)
     if (supervisor := multiprocessing.parent_process()) is not None:
-        # uvicorn starts a dead worker again, for ever: the supervisor has to end.
+        # uvicorn would start a dead worker again and again: its supervisor has to end.
         print(WORKERS_REFUSED, file=sys.stderr)
         os.kill(supervisor.pid or os.getppid(), signal.SIGTERM)
         sys.exit(1)

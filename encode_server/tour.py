@@ -47,7 +47,7 @@ def main() -> int:
         return 1
     if not args.once:
         console.print(f"\nServing. POST media to [bold]{args.base_url}/encode[/bold], for example:")
-        console.print(f"  curl -F modality=image -F file=@picture.jpg {args.base_url}/encode", highlight=False)
+        console.print(f"  curl -F modality=image -F file=@image.jpg {args.base_url}/encode", highlight=False)
         console.print("Ctrl-C ends it.")
     return 0
 

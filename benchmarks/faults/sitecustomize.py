@@ -18,8 +18,8 @@ ERROR = [1, 2, 32]  # 448 x 28 pixels: the forward raises
 ALONE = [1, 2, 34]  # 476 x 28 pixels: as MEMORY, on the first rank of several alone
 
 DECODE_CRASH = b"crash the decoder"  # the process dies of SIGSEGV
-DECODE_HANG = b"hang the decoder"  # the decoder waits for ever
-DECODE_SPIN = b"spin the decoder"  # the decoder computes for ever
+DECODE_HANG = b"hang the decoder"  # the decoder waits forever
+DECODE_SPIN = b"spin the decoder"  # the decoder computes forever
 DECODE_MEMORY = b"fill the memory"  # the decoder takes all the memory that there is
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pybase64
@@ -31,14 +32,7 @@ class Body:
 
 def json_body(req_id: str, encoded: Encoded) -> Body:
     """`wire.answers.Answer` as JSON."""
-    head = AnswerHead(
-        req_id=req_id,
-        model=encoded.model,
-        modality=encoded.modality,
-        dtype=encoded.dtype,
-        shape=encoded.shape,
-        items=[item.info for item in encoded.items],
-    )
+    head = AnswerHead(**_described(req_id, encoded))
     before, after = msgspec.json.encode(head)[:-1] + b',"embedding":"', b'"}'
     size = len(before) + -(-encoded.nbytes // 3) * 4 + len(after)
     return Body(JSON, size, _framed(before, map(pybase64.b64encode, _aligned(encoded)), after))
@@ -60,15 +54,7 @@ def safetensors_body(req_id: str, encoded: Encoded) -> Body:
 
 def delivered(req_id: str, encoded: Encoded) -> Response:
     """The answer to a request whose embedding went to a destination."""
-    receipt = Delivered(
-        req_id=req_id,
-        model=encoded.model,
-        modality=encoded.modality,
-        dtype=encoded.dtype,
-        shape=encoded.shape,
-        items=[item.info for item in encoded.items],
-    )
-    return Response(msgspec.json.encode(receipt), media_type=JSON)
+    return Response(msgspec.json.encode(Delivered(**_described(req_id, encoded))), media_type=JSON)
 
 
 def nothing() -> Response:
@@ -80,6 +66,18 @@ def error_answer(error: EncodeError, req_id: str | None) -> Response:
     """The one shape of all errors."""
     body = ErrorAnswer(code=error.code, message=error.message, req_id=req_id)
     return Response(msgspec.json.encode(body), error.status, headers=error.headers, media_type=JSON)
+
+
+def _described(req_id: str, encoded: Encoded) -> dict[str, Any]:
+    """The fields of `AnswerHead`."""
+    return {
+        "req_id": req_id,
+        "model": encoded.model,
+        "modality": encoded.modality,
+        "dtype": encoded.dtype,
+        "shape": encoded.shape,
+        "items": [item.info for item in encoded.items],
+    }
 
 
 def _framed(before: bytes, between: Iterable[bytes | memoryview], after: bytes) -> Iterator[bytes | memoryview]:

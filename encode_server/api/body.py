@@ -131,7 +131,7 @@ async def _read_form(
     uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
     media: list[str | bytes] = [*urls, *await asyncio.gather(*(run(pool, upload.file.read) for upload in uploads))]
     if not media:
-        raise BadRequest("the form holds no file and no mm_items: send one, e.g. with curl -F file=@picture.jpg")
+        raise BadRequest("the form holds no file and no mm_items: send one, e.g. with curl -F file=@image.jpg")
     fields = {key: value for key, value in texts.items() if key != "mm_items" and value != ""}
     try:
         body = msgspec.convert(fields | {"mm_items": [""]}, EncodeBody, strict=False)

@@ -61,7 +61,7 @@ class _Entry:
 
 
 class EntryFolder:
-    """Writes entries and removes old ones. Its methods block: call them in worker threads, any number at once.
+    """Writes entries and removes old ones. Its methods block: call them in worker threads, any number concurrently.
 
     `max_bytes`: of all entries together, as the disk has them. `max_entries`: how many there may be. `max_age_s`: an
     entry goes when it was written so long ago. Younger than `floor_s` none goes, whatever the bytes. Raises

@@ -67,7 +67,7 @@ class Pusher:
         for destination in self._destinations.values():
             destination.close()
         self._destinations.clear()
-        self._context.destroy(linger=LINGER_MS)  # `term` would wait for ever for a socket that was overlooked
+        self._context.destroy(linger=LINGER_MS)  # `term` would wait forever for a socket that was overlooked
 
     def _queue(self, endpoint: str, frames: Frames, timeout_s: float) -> _Message:
         destination = self._destinations.pop(endpoint, None) or _Destination(self._context, endpoint, self._forget)

@@ -116,7 +116,7 @@ class Arena:
         os.close(self.fd)
 
     def _serve_waiters(self) -> None:
-        # Strictly in order: letting small requests overtake would starve a large one for ever.
+        # Strictly in order: letting small requests overtake would starve a large one forever.
         while self._waiters:
             waiter, sizes = self._waiters[0]
             if not waiter.done():

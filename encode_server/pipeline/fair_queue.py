@@ -39,7 +39,7 @@ class FairQueue:
         """A batch: pieces of the modality whose turn it is, up to its budget, and at least one piece if there is any.
 
         One piece of each lane in turn. Items that are not live any more are dropped. What does not fit ends the
-        batch and is first in the next one, so that nothing smaller overtakes it for ever.
+        batch and is first in the next one, so that nothing smaller overtakes it forever.
         """
         batch: list[Piece] = []
         total = 0

@@ -118,7 +118,7 @@ async def until_signalled(
             first = time.monotonic()
             leaving = asyncio.create_task(go())
         elif time.monotonic() - first > SAME_SIGNAL_S:
-            log.warning("a second signal: leaving at once")
+            log.warning("a second signal: leaving immediately")
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would show the cancelled lifespan
             server.force_exit = server.should_exit = True
 

@@ -60,11 +60,6 @@ from encode_server.wire.preparers import Pickled, PreparerSetup
 log = logging.getLogger(__name__)
 
 LAG_INTERVAL_S = 0.25
-COLLECT = (
-    20_000,
-    20,
-    20,
-)  # allocations between collections: a request leaves few cycles, and a collection takes its time
 SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
 FORKSERVER_TRIES = 3
 
@@ -374,7 +369,6 @@ class Server:
             await asyncio.sleep(0.1)
         # What is loaded stays: a full collection that walks through it holds up the loop.
         gc.freeze()
-        gc.set_threshold(*COLLECT)
         self._warm = True
         self._changes.announce()
         log.info("ready for requests")

@@ -21,7 +21,7 @@ async def settle():
 
 @pytest.mark.parametrize("order", set(itertools.permutations(["encode", "rank0", "rank1", "rank1", "done"])))
 def test_every_order_delivers_to_each_once(order):
-    """`encode`: the part is in work. `done`: its embedding is there. Before `encode` there is no `done`."""
+    """`encode`: the part is in progress. `done`: its embedding is there. Before `encode` there is no `done`."""
     if order.index("done") < order.index("encode"):
         pytest.skip("no such order")
 
@@ -78,7 +78,7 @@ def test_what_is_never_encoded_is_forgotten():
         with registrations.use("r0") as lost, registrations.use("r4") as kept:
             assert not lost.endpoints and kept.endpoints == ["tcp://10.0.0.1:97"]
             await asyncio.sleep(0.1)
-            assert kept.endpoints == ["tcp://10.0.0.1:97"]  # in work: not for the clock to take
+            assert kept.endpoints == ["tcp://10.0.0.1:97"]  # a part in progress: its destinations do not expire
         assert len(registrations) == 0
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""When lost ranks are started again: immediately if they had got work done, ever later if not, and not for ever."""
+"""Lost ranks are started again: immediately if they had got work done; else ever later, and in the end no more."""
 
 from __future__ import annotations
 
