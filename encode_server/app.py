@@ -19,8 +19,10 @@ from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.api.answers import error_answer
+from encode_server.api.encode import EncodeEndpoint
 from encode_server.api.openapi import complete
 from encode_server.api.routes import build_router
+from encode_server.api.shortcut import Shortcut
 from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
 from encode_server.runtime.forkserver import Launched
@@ -70,6 +72,8 @@ def create_app(
         telemetry=telemetry,
     )
     app.include_router(build_router(server))
+    if tracing is None:  # spans are named by FastAPI's router
+        app.add_middleware(Shortcut, method="POST", path="/encode", endpoint=EncodeEndpoint(server))
     app.add_middleware(RequestIds)
 
     @app.exception_handler(EncodeError)

@@ -21,6 +21,9 @@ from encode_server.telemetry import logs
 
 log = logging.getLogger(__name__)
 
+# A connection whose client takes nothing is closed so much later than the request's own limit ends the request: the
+# request's log line says why.
+LOGGED_FIRST_S = 1.0
 VERSION_HEADER = "X-Encode-Server-Version"  # of every answer; docs/stability.md says what the number promises
 
 
@@ -50,7 +53,7 @@ def serve(settings: Settings, launched: Launched, on_listening: Callable[[str], 
         server = Uvicorn(
             config(
                 app,
-                ConnectionLimits(connections=connections, unread_s=settings.send_timeout_s),
+                ConnectionLimits(connections=connections, unread_s=settings.send_timeout_s + LOGGED_FIRST_S),
                 grace_s=settings.grace_s,
                 headers=[(VERSION_HEADER, __version__)],
                 ssl_certfile=settings.ssl_certfile,

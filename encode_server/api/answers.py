@@ -16,6 +16,7 @@ from encode_server.wire.embedding import Encoded
 from encode_server.wire.tensorfile import tensor_head
 
 PIECE = 192 << 10  # bytes of an embedding in one piece; a multiple of 3, so that base64 pads at the end only
+RAW_PIECE = 768 << 10  # the same where nothing is made per piece: a piece costs 30 microseconds to send
 JSON = "application/json"
 OCTETS = "application/octet-stream"
 
@@ -97,8 +98,8 @@ def _framed(before: bytes, between: Iterable[bytes | memoryview], after: bytes) 
 
 def _cut(encoded: Encoded) -> Iterator[memoryview]:
     for item in encoded.items:
-        for start in range(0, item.data.nbytes, PIECE):
-            yield item.data[start : start + PIECE]
+        for start in range(0, item.data.nbytes, RAW_PIECE):
+            yield item.data[start : start + RAW_PIECE]
 
 
 def _aligned(encoded: Encoded) -> Iterator[bytes | memoryview]:
