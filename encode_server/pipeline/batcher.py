@@ -66,6 +66,7 @@ class Batcher:
         self._wake = asyncio.Event()
         self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
         self._expected: dict[asyncio.Task[None], tuple[float, float]] = {}  # when a batch was sent, seconds it takes
+        self._failure: BaseException | None = None  # a bug in handling a batch
         self._closed: str | None = None  # why nothing is forwarded any more
 
     @property
@@ -131,6 +132,9 @@ class Batcher:
                 while self._engine.ready and self._has_room() and (batch := self._next_batch()):
                     self._send(batch)
                 await self._wake.wait()
+                if self._failure is not None:
+                    # Ranks may still work on that batch, so its room cannot be given to others: end the server.
+                    raise self._failure
         except GroupLost as lost:
             reason = f"the encoder is not available: {lost}"
         except asyncio.CancelledError:
@@ -161,6 +165,8 @@ class Batcher:
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
+        if not task.cancelled():
+            self._failure = self._failure or task.exception()
         self._expected.pop(task, None)
         self._wake.set()
 
@@ -238,6 +244,10 @@ class Batcher:
             end_batch(span, "cancelled")
             for piece in batch:
                 self._end(piece, NotReady("the server is stopping"))
+            raise
+        except Exception:
+            for piece in batch:  # its room stays taken: ranks may still work on it
+                piece.job.fail(EncodeFailed("an internal error, see the server's log"))
             raise
         else:
             end_batch(span, next((done.error for done in dones if done.error), ""))

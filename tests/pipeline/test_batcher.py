@@ -8,10 +8,13 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from encode_server.engine.group import GroupLost
+from encode_server.errors import EncodeFailed, NotReady
+from encode_server.pipeline.batcher import Batcher
+from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.modality import Modality
 from encode_server.wire.ranks import Done
 from tests.pipeline.desk import Desk, desk, settle
-from tests.pipeline.engine_standin import Batch
+from tests.pipeline.engine_standin import Batch, StandInEngine, WatchedArena
 
 Rule = Callable[[Batch], Done | GroupLost]
 OK = Done(0, 0, forward_s=0.01)
@@ -53,6 +56,33 @@ def test_one_batch_more_than_is_executed_waits_with_the_ranks() -> None:
         await d.all_ended()
 
     run(scenario)
+
+
+def test_an_error_that_nobody_foresaw_ends_the_batcher_and_every_job() -> None:
+    """Nobody awaits the task of a batch: lost with it, the error would leave its jobs waiting until their deadlines."""
+
+    async def scenario() -> None:
+        engine = StandInEngine()
+        batcher = Batcher(engine, dict.fromkeys(Modality, 100), Metrics())
+        arena = WatchedArena(1 << 20, engine)
+        d = Desk(engine, batcher, arena, Metrics(), asyncio.create_task(batcher.run()))
+
+        def rule(batch: Batch) -> Done:
+            raise RuntimeError("a bug")
+
+        engine.rule = rule
+        await d.submit("sent", 100)
+        await d.submit("waiting", 100)
+        await d.submit("queued", 100)
+        with pytest.raises(RuntimeError, match="a bug"):
+            await d.running
+        assert [job.finished.done() for job in d.jobs.values()] == [True, True, True]
+        for job in d.jobs.values():
+            with pytest.raises((EncodeFailed, NotReady)):
+                await job.finished
+        arena.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_batch_that_is_lost_is_sent_again_as_it_was() -> None:
