@@ -44,9 +44,10 @@ MAX_AWAITED = 16384
 
 @dataclass
 class Loads(ECConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed where the type checker runs
-    """What the workers load in this step, by identifier."""
+    """What the workers load in this step, by identifier. `again`: what the engine's cache holds zeros of."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
+    again: dict[str, Entry] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,7 +77,8 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         self._inbox: Inbox | None = None
         self._promised: dict[str, Entry] = {}  # `has_cache_item` said yes in this step
         self._loads = Loads()
-        self._readers: dict[str, set[str]] = {}  # requests that wait for a load, by identifier
+        self._readers: dict[str, set[str]] = {}  # requests that use what was loaded, by identifier
+        self._zeros: set[str] = set()  # what could not be loaded, while the engine's cache may hold zeros of it
         self._awaited: dict[str, float] = {}  # when an identifier was first asked for in vain
         self._unavailable: set[str] = set()
         self._missing: set[str] = set()
@@ -112,6 +114,7 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> ECConnectorMetadata:
         """What the workers load in this step."""
+        self._zeros.difference_update(getattr(scheduler_output, "free_encoder_mm_hashes", ()))
         loads, self._loads = self._loads, Loads()
         self._promised.clear()
         return loads
@@ -122,6 +125,7 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         missing = getattr(connector_output, "ec_connector_worker_meta", None)
         if isinstance(missing, Missing):
             for identifier in missing.identifiers:
+                self._zeros.add(identifier)
                 self._unavailable |= self._readers.pop(identifier, set())
 
     def take_unavailable_requests(self) -> set[str]:
@@ -139,15 +143,26 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         here, now = True, time.monotonic()
         for index, feature in enumerate(request.mm_features):
             name = feature.identifier
+            if (
+                name in self._readers
+            ):  # vLLM takes it from its cache and asks no more: a failed load fails this one, too
+                self._readers[name].add(request.request_id)
             if (entry := self._shelf.get(name)) is not None:
                 self._awaited.pop(name, None)
                 if entry.shape[0] != (expected := request.get_num_encoder_embeds(index)):
                     logger.error("%s has %d rows, %d are expected: vLLM encodes it", name, entry.shape[0], expected)
                     self._shelf.drop(name)
+                elif name in self._zeros:
+                    self._zeros.discard(name)
+                    self._loads.again[name] = entry
+                    self._readers.setdefault(name, set()).add(request.request_id)
             elif name.startswith(PUSHED_PREFIX):
                 if len(self._awaited) > MAX_AWAITED:
                     self._awaited.clear()
-                here = here and now - self._awaited.setdefault(name, now) >= self._wait_s
+                here &= now - self._awaited.setdefault(name, now) >= self._wait_s
+        if here and any(feature.identifier in self._zeros for feature in request.mm_features):
+            self._unavailable.add(request.request_id)
+            return False
         return here
 
     def _promise(self, identifier: str) -> bool:
@@ -161,6 +176,7 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         name = request.mm_features[index].identifier
         if (entry := self._promised.get(name)) is not None:
             self._loads.entries[name] = entry
+            self._zeros.discard(name)
             self._readers.setdefault(name, set()).add(request.request_id)
 
     def _forget(self, request: Any) -> None:
@@ -178,9 +194,9 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         metadata = self._connector_metadata
         if not isinstance(metadata, Loads):
             return
-        for identifier, entry in metadata.entries.items():
-            if identifier in encoder_cache:
-                continue
+        loads = {name: entry for name, entry in metadata.entries.items() if name not in encoder_cache}
+        loads |= {name: entry for name, entry in metadata.again.items() if name in encoder_cache}
+        for identifier, entry in loads.items():
             try:
                 encoder_cache[identifier] = self._load(entry)
                 logger.debug("loaded %s, %d bytes", identifier, entry.nbytes)

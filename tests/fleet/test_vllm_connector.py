@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,6 +119,54 @@ def test_a_load_that_fails_fails_its_requests_and_not_the_engine(start, connecto
     assert engine.caches[0]["es-a"].shape == (6, 4), "a place of the right size"
     assert engine.scheduler.take_unavailable_requests() == {"r"}
     assert engine.scheduler.take_unavailable_requests() == set()
+
+
+def test_zeros_in_the_engines_cache_answer_nobody(start, connector, monkeypatch):
+    """vLLM keeps what stood in for a failed load in its cache and asks the connector no more for that item."""
+    engine, pusher = start(wait_s=0)
+    values = pusher.push("es-a", 6)
+
+    def fail(*_: object) -> None:
+        raise OSError("the memory is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(connector, "read", fail)
+        assert engine.step(Request("first", ["es-a"], [6])) == []
+    assert engine.scheduler.take_unavailable_requests() == {"first"}
+    assert engine.step(Request("second", ["es-a"], [6])) == [], "loaded again, because the embedding is still there"
+    assert np.array_equal(engine.caches[0]["es-a"].numpy(), values)
+
+    pusher.push("es-b", 6)
+    with monkeypatch.context() as broken:
+        broken.setattr(connector, "read", fail)
+        assert engine.step(Request("third", ["es-b"], [6])) == []
+    engine.scheduler.take_unavailable_requests()
+    engine.scheduler._shelf.drop("es-b")
+    assert engine.step(Request("fourth", ["es-b"], [6])) is None
+    assert engine.scheduler.take_unavailable_requests() == {"fourth"}
+    for cache in engine.caches:
+        del cache["es-b"]
+    engine.freed = ["es-b"]
+    assert engine.step(Request("fifth", [], [])) == []
+    assert engine.step(Request("sixth", ["es-b"], [6])) == ["es-b"], "encoded by the engine once its cache is clean"
+
+
+def test_requests_that_share_an_item_fail_together_when_it_cannot_be_loaded(start, connector):
+    engine, pusher = start()
+    pusher.push("es-a", 6)
+    first, second = Request("first", ["es-a"], [6]), Request("second", ["es-a"], [6])
+    assert engine.step(first) == [] and engine.step(second) == []
+    missing = SimpleNamespace(ec_connector_worker_meta=connector.Missing({"es-a"}))
+    engine.scheduler.update_connector_output(missing)  # vLLM's steps overlap: the word comes late
+    assert engine.scheduler.take_unavailable_requests() == {"first", "second"}
+
+
+def test_items_on_their_way_are_waited_for_together(start):
+    engine, _ = start(wait_s=0.2)
+    request = Request("r", [f"es-{number}" for number in range(20)], [3] * 20)
+    assert engine.step(request) is None
+    time.sleep(0.3)
+    assert engine.step(request) == request.identifiers, "every item's wait began with the first step"
 
 
 def test_what_strangers_send_is_dropped(start):

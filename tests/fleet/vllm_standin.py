@@ -79,6 +79,7 @@ class Engine:
         given = config(dtype, **({"bind": "tcp://127.0.0.1:0"} | extra))
         self.scheduler = connector_class(given, ECConnectorRole.SCHEDULER)
         self.workers = [connector_class(given, ECConnectorRole.WORKER) for _ in range(workers)]
+        self.freed: list[str] = []  # items that the next step takes out of the cache
         self.caches: list[dict[str, torch.Tensor]] = [{} for _ in range(workers)]
 
     def step(self, request: Request) -> list[str] | None:
@@ -93,7 +94,8 @@ class Engine:
             if not self.scheduler.has_cache_item(name):
                 own.append(name)
             self.scheduler.update_state_after_alloc(request, index)
-        metadata = self.scheduler.build_connector_meta(None)
+        metadata = self.scheduler.build_connector_meta(SimpleNamespace(free_encoder_mm_hashes=self.freed))
+        self.freed = []
         for worker, cache in zip(self.workers, self.caches, strict=True):
             worker.bind_connector_metadata(metadata)
             worker.start_load_caches(cache)
