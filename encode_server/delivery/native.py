@@ -1,4 +1,4 @@
-"""Our own push: the frames of `delivery.frames` to one PULL socket."""
+"""Our own push: the frames of `wire.frames` to one PULL socket."""
 
 from __future__ import annotations
 

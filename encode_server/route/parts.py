@@ -14,8 +14,9 @@ import msgspec
 from encode_server.client.encoders import Encoder, Encoders
 from encode_server.client.errors import ClientError, ServerUnreachable
 from encode_server.client.http import Answer
-from encode_server.delivery.sglang.registrations import Accepts, Registration, Registrations
+from encode_server.delivery.sglang.registrations import Accepts, Destinations, Registrations
 from encode_server.errors import DeadlineExceeded, DeliveryFailed
+from encode_server.telemetry.logs import quoted
 from encode_server.wire.headers import ERRORS_HEADER, QUIET, TIMEOUT_HEADER
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class PartRelay:
         """The answer of the encoder that delivered the part, or the last that refused it. Raises DeadlineExceeded,
         DeliveryFailed."""
         counted, failed, last = 0, set[Encoder](), ""
-        with self._registrations.use(part.req_id, part.accepts) as registration:
+        with self._registrations.use(part.req_id, part.accepts) as destinations:
             try:
                 async with asyncio.timeout_at(asyncio.get_running_loop().time() + part.deadline - time.monotonic()):
                     while True:
@@ -83,7 +84,7 @@ class PartRelay:
                         began = True
                         try:
                             with encoder.working(part.items):
-                                answer = await self._attempt(encoder, part, registration)
+                                answer = await self._attempt(encoder, part, destinations)
                             if answer.status not in ELSEWHERE:
                                 return answer
                             last = f"{encoder.url} answered {answer.status}: {_message(answer)}"
@@ -91,7 +92,7 @@ class PartRelay:
                             last, began = str(error), error.connected
                         journey.failures += 1
                         journey.reasons.append(last)
-                        log.warning("part %s failed, trying on: %s", part.req_id, last)
+                        log.warning("part %s failed, trying on: %s", quoted(part.req_id), last)
                         failed.add(encoder)
                         counted += self._judge(encoder, answer, began)
                         if counted < self._attempts:
@@ -115,11 +116,11 @@ class PartRelay:
             return 0
         return 1
 
-    async def _attempt(self, encoder: Encoder, part: PartRequest, registration: Registration) -> Answer:
+    async def _attempt(self, encoder: Encoder, part: PartRequest, destinations: Destinations) -> Answer:
         """One attempt at one encoder. Raises ServerUnreachable, also when the encoder answers no probes any more."""
         post = asyncio.create_task(self._post(encoder, part))
         lost = asyncio.create_task(encoder.lost.wait())
-        register = asyncio.create_task(self._register(encoder, part, registration)) if part.registers else None
+        register = asyncio.create_task(self._register(encoder, part, destinations)) if part.registers else None
         try:
             await asyncio.wait((post, lost), return_when=asyncio.FIRST_COMPLETED)
             if not post.done():
@@ -141,9 +142,9 @@ class PartRelay:
         }
         return await encoder.client.exchange("POST", "/encode", left_s + ANSWER_MARGIN_S, [part.body], headers)
 
-    async def _register(self, encoder: Encoder, part: PartRequest, registration: Registration) -> None:
+    async def _register(self, encoder: Encoder, part: PartRequest, destinations: Destinations) -> None:
         """Tell the encoder where the ranks receive, once all have said so."""
-        endpoints = [endpoint async for endpoint in registration.arrivals()]
+        endpoints = [endpoint async for endpoint in destinations.arrivals()]
         for endpoint in endpoints:
             document = {"req_id": part.req_id, "receive_url": endpoint, "receive_count": len(endpoints)}
             body = msgspec.json.encode(document)
@@ -151,7 +152,9 @@ class PartRelay:
             with contextlib.suppress(ClientError, TimeoutError):  # the encode's own answer says what is wrong
                 answer = await encoder.client.exchange("POST", "/scheduler_receive_url", REGISTER_S, [body], headers)
                 if answer.status != 200:
-                    log.warning("%s refused a registration for %s: %s", encoder.url, part.req_id, _message(answer))
+                    log.warning(
+                        "%s refused a registration for %s: %s", encoder.url, quoted(part.req_id), _message(answer)
+                    )
 
 
 def _retry_after(answer: Answer) -> float:

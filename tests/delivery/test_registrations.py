@@ -113,6 +113,24 @@ def test_a_strangers_destination_gets_nothing_and_stands_in_nobodys_way():
     asyncio.run(run())
 
 
+def test_another_part_of_the_req_id_does_not_decide_who_gets_this_one():
+    """Part 1 may come from a stranger who guessed the req_id: part 0's embedding must not go to the stranger's host."""
+
+    async def run():
+        registrations = Registrations()
+        with (
+            registrations.use("r", lambda offer: offer.address == "10.0.0.1") as mine,
+            registrations.use("r", lambda offer: offer.address == "6.6.6.6") as strange,
+        ):
+            registrations.register("r", Offer("tcp://6.6.6.6:1", "stranger"), 1)
+            registrations.register("r", Offer("tcp://10.0.0.1:1", "prefill"), 1)
+            assert [e async for e in mine.arrivals()] == mine.endpoints == ["tcp://10.0.0.1:1"]
+            assert [e async for e in strange.arrivals()] == ["tcp://6.6.6.6:1"]
+        registrations.close()
+
+    asyncio.run(run())
+
+
 def test_one_clients_registrations_push_out_their_own():
     async def run():
         registrations = Registrations(max_early=10)

@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 from encode_server.delivery.base import Part
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.frames import SGLangFrames, torch_values
-from encode_server.delivery.sglang.registrations import Accepts, Offer, Registration, Registrations
+from encode_server.delivery.sglang.registrations import Accepts, Destinations, Offer, Registration, Registrations
 from encode_server.errors import DeadlineExceeded, EncodeError
 from encode_server.runtime.pools import Pace, run_sized
 from encode_server.wire.embedding import Encoded
@@ -21,7 +21,7 @@ TorchPickles = Callable[[str, list[list[int]] | None, list[float] | None], Await
 
 
 class SGLangPush:
-    """Delivers one part to every destination of `registration`, each as soon as it is there."""
+    """Delivers one part to every one of `destinations`, each as soon as it is there."""
 
     def __init__(
         self,
@@ -29,11 +29,11 @@ class SGLangPush:
         frames: SGLangFrames,
         pickles: TorchPickles,
         pool: Executor,
-        registration: Registration,
+        destinations: Destinations,
         wait_s: float,
     ) -> None:
         self._pusher, self._frames, self._pickles, self._pool = pusher, frames, pickles, pool
-        self._registration, self._wait_s = registration, wait_s
+        self._destinations, self._wait_s = destinations, wait_s
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
         """See `Delivery`. Raises DeadlineExceeded when a destination does not come in time."""
@@ -43,13 +43,12 @@ class SGLangPush:
         try:
             try:
                 async with asyncio.timeout(self._wait_s):
-                    async for endpoint in self._registration.arrivals():
+                    async for endpoint in self._destinations.arrivals():
                         pushes.append(asyncio.create_task(self._pusher.push(endpoint, [header, data])))
             except TimeoutError:
-                wanted = self._registration.wanted or "no"
-                raise DeadlineExceeded(
-                    f"{len(pushes)} of {wanted} destinations came for the embedding within {self._wait_s:g} s"
-                ) from None
+                wanted = self._destinations.wanted
+                came = f"{len(pushes)} of {wanted} destinations" if wanted else "no destination"
+                raise DeadlineExceeded(f"{came} came for the embedding within {self._wait_s:g} s") from None
             # All are waited for: one that fails takes nothing from the others.
             for outcome in await asyncio.gather(*pushes, return_exceptions=True):
                 if outcome is not None:
@@ -61,7 +60,7 @@ class SGLangPush:
     async def fail(self, part: Part, error: EncodeError) -> None:
         """See `Delivery`."""
         frame = self._frames.error(part, error)
-        for endpoint in self._registration.endpoints:
+        for endpoint in self._destinations.endpoints:
             self._pusher.notify(endpoint, [frame])
 
 
@@ -81,14 +80,17 @@ class SGLangDeliveries:
         endpoints = list(dict.fromkeys(endpoints))
         for endpoint in endpoints:
             registration.add(Offer(endpoint, ""), len(endpoints))
-        return SGLangPush(self._pusher, self._frames, self._pickles, self._pool, registration, self._wait_s)
+        return self._push(Destinations(registration))
 
     @contextlib.contextmanager
     def to_registered(self, req_id: str, accepts: Accepts) -> Iterator[SGLangPush]:
         """To those who register for `req_id`, before or while the context is open, and are accepted."""
-        with self.registrations.use(req_id, accepts) as registration:
-            yield SGLangPush(self._pusher, self._frames, self._pickles, self._pool, registration, self._wait_s)
+        with self.registrations.use(req_id, accepts) as destinations:
+            yield self._push(destinations)
 
     def close(self) -> None:
         """Forget all registrations."""
         self.registrations.close()
+
+    def _push(self, destinations: Destinations) -> SGLangPush:
+        return SGLangPush(self._pusher, self._frames, self._pickles, self._pool, destinations, self._wait_s)

@@ -31,38 +31,12 @@ Accepts = Callable[[Offer], bool]
 
 
 class Registration:
-    """The destinations offered for one req_id. A stranger who knows the req_id may offer some, too: `accepts` says
-    which of them count, once the request itself has come."""
+    """The destinations offered for one req_id."""
 
     def __init__(self) -> None:
         self.users = 0  # parts in progress that go to them
-        self._offers: dict[Offer, int] = {}  # and how many destinations each says there are
-        self._accepts: Accepts = lambda offer: True
-        self._changed = asyncio.Event()
-
-    @property
-    def wanted(self) -> int | None:
-        """How many destinations there will be, None until the first that counts has said so."""
-        return next((wanted for offer, wanted in self._offers.items() if self._accepts(offer)), None)
-
-    @property
-    def endpoints(self) -> list[str]:
-        """The destinations that count, in the order in which they came, no more than are wanted."""
-        return list(dict.fromkeys(offer.endpoint for offer in self._offers if self._accepts(offer)))[: self.wanted]
-
-    def offers(self) -> list[Offer]:
-        """All destinations offered."""
-        return list(self._offers)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nobody has offered a destination."""
-        return not self._offers
-
-    def accept(self, accepts: Accepts) -> None:
-        """Say which destinations count from now on."""
-        self._accepts = accepts
-        self._announce()
+        self.offers: dict[Offer, int] = {}  # and how many destinations each says there are
+        self.changed = asyncio.Event()  # set, and replaced by a new one, when an offer is added
 
     def add(self, offer: Offer, wanted: int) -> bool:
         """Add a destination; False when it was there already.
@@ -70,23 +44,39 @@ class Registration:
         Raises BadRequest when the destinations of one address contradict each other or are more than they say, TooBusy
         when there are too many altogether.
         """
-        if offer in self._offers:
+        if offer in self.offers:
             return False
-        beside = {other: count for other, count in self._offers.items() if other.address == offer.address}
+        beside = {other: count for other, count in self.offers.items() if other.address == offer.address}
         for count in beside.values():
             if count != wanted:
                 raise BadRequest(f"receive_count is {wanted}, an earlier registration of this req_id said {count}")
         if len(beside) >= wanted:
             raise BadRequest(f"receive_count is {wanted}, and as many other destinations are registered already")
-        if len(self._offers) >= MAX_OFFERS:
+        if len(self.offers) >= MAX_OFFERS:
             raise TooBusy(f"{MAX_OFFERS} destinations are registered for this req_id already")
-        self._offers[offer] = wanted
-        self._announce()
+        self.offers[offer] = wanted
+        self.changed.set()
+        self.changed = asyncio.Event()
         return True
 
-    def remove(self, offer: Offer) -> None:
-        """Forget a destination."""
-        self._offers.pop(offer, None)
+
+class Destinations:
+    """Where one part goes. A stranger who knows the req_id may offer destinations, too: `accepts` says which of them
+    count for this part. Other parts of the req_id have a rule of their own."""
+
+    def __init__(self, registration: Registration, accepts: Accepts = lambda offer: True) -> None:
+        self._registration, self._accepts = registration, accepts
+
+    @property
+    def wanted(self) -> int | None:
+        """How many destinations there will be, None until the first that counts has said so."""
+        return next((wanted for offer, wanted in self._registration.offers.items() if self._accepts(offer)), None)
+
+    @property
+    def endpoints(self) -> list[str]:
+        """The destinations that count, in the order in which they came, no more than are wanted."""
+        accepted = (offer.endpoint for offer in self._registration.offers if self._accepts(offer))
+        return list(dict.fromkeys(accepted))[: self.wanted]
 
     async def arrivals(self) -> AsyncIterator[str]:
         """Each destination once, as they come, until all that are wanted came."""
@@ -94,15 +84,11 @@ class Registration:
         while self.wanted is None or len(given) < self.wanted:
             new = [endpoint for endpoint in self.endpoints if endpoint not in given]
             if not new:
-                await self._changed.wait()
+                await self._registration.changed.wait()
                 continue
             for endpoint in new:
                 given.add(endpoint)
                 yield endpoint
-
-    def _announce(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 class Registrations:
@@ -132,17 +118,17 @@ class Registrations:
             self._expire(*next(iter(most)))
 
     @contextlib.contextmanager
-    def use(self, req_id: str, accepts: Accepts = lambda offer: True) -> Iterator[Registration]:
-        """The registration of a part in progress; forgotten afterwards, with what came for it."""
+    def use(self, req_id: str, accepts: Accepts = lambda offer: True) -> Iterator[Destinations]:
+        """The destinations of a part in progress; forgotten with what came for them when the last part of the req_id
+        has ended."""
         registration = self._known.setdefault(req_id, Registration())
         registration.users += 1
-        registration.accept(accepts)
         try:
-            yield registration
+            yield Destinations(registration, accepts)
         finally:
             registration.users -= 1
             if not registration.users:
-                for offer in registration.offers():
+                for offer in registration.offers:
                     self._forget(req_id, offer)
                 del self._known[req_id]
 
@@ -159,8 +145,8 @@ class Registrations:
         registration = self._known.get(req_id)
         if registration is None or registration.users:
             return
-        registration.remove(offer)
-        if registration.empty:
+        registration.offers.pop(offer, None)
+        if not registration.offers:
             del self._known[req_id]
 
     def _forget(self, req_id: str, offer: Offer) -> None:
