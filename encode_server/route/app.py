@@ -72,6 +72,7 @@ class Router:
                 timeout_s=options.encode_timeout_s,
                 max_body_bytes=options.max_body_mb << 20,
                 max_waiting_bytes=options.max_waiting_mb << 20,
+                least_rate=options.least_rate_kb << 10,
             )
         self._keys = ApiKeys(options.api_keys)
         self._announcer = Announcer(

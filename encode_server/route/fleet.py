@@ -38,7 +38,7 @@ class Fleet:
     ) -> None:
         self._encoders, self._policy = encoders, policy
         self._listed = frozenset(url.rstrip("/") for url in listed)
-        self._resolved: dict[str, frozenset[str]] = {url: frozenset() for url in dns}
+        self._resolved: dict[str, frozenset[str]] = {url.rstrip("/"): frozenset() for url in dns}
         self._registered: dict[str, _Registered] = {}
 
     @property
@@ -50,7 +50,7 @@ class Fleet:
         """An encoder says where it is. Raises BadRequest, Forbidden, DeliveryFailed for a URL that cannot be used."""
         url = url.rstrip("/")
         if url not in self._registered:
-            parts = _split(url)
+            parts = split_url(url)
             await self._policy.endpoint(parts.hostname or "", parts.port or _default_port(parts), "the encoder's host")
             if len(self._registered) >= MAX_REGISTERED:
                 raise BadRequest(f"{MAX_REGISTERED} encoders are registered, no more are taken")
@@ -75,12 +75,12 @@ class Fleet:
             await asyncio.sleep(RESOLVE_S)
 
     async def _resolve(self, url: str) -> None:
-        parts = _split(url)
+        parts = split_url(url)
         port = parts.port or _default_port(parts)
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no host can have such a name
             if self._resolved[url]:
                 log.warning("%s is not resolved, its last addresses stay: %s", parts.hostname, error)
             return
@@ -108,7 +108,8 @@ class Fleet:
             self._encoders.add(url)
 
 
-def _split(url: str) -> SplitResult:
+def split_url(url: str) -> SplitResult:
+    """The parts of an encoder's URL. Raises BadRequest for what is not http://HOST:PORT."""
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and parts.hostname and not parts.path and (parts.port or 1)

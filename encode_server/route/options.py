@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from encode_server.client.encoders import Choice
-from encode_server.errors import StartupError
+from encode_server.errors import BadRequest, StartupError
+from encode_server.route.fleet import split_url
 
 ENV_PREFIX = "ENCODE_ROUTE_"
 SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up
@@ -61,6 +62,13 @@ class RouteOptions:
         for url in (*engine, *self.encoder_url, *self.encoder_dns):
             if not url.startswith(("http://", "https://")):
                 raise StartupError(f"{url!r} is not a URL: expected http://HOST:PORT")
+        for url in self.encoder_dns:
+            try:
+                split_url(url.rstrip("/"))
+            except BadRequest as error:
+                raise StartupError(f"--encoder-dns: {error.message}") from None
+        if self.max_waiting_mb < self.max_body_mb:
+            raise StartupError("--max-waiting-mb is below --max-body-mb: a body of full size could never come in")
         if min(self.max_requests, self.max_inflight_mb, self.max_body_mb, self.max_connections) < 1:
             raise StartupError("--max-requests, --max-inflight-mb, --max-body-mb, --max-connections: take 1 and more")
         if not 0 < self.client_share <= 1 or self.least_rate_kb < 0:

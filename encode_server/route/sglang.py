@@ -66,11 +66,12 @@ class SGLangFace:
         timeout_s: float,
         max_body_bytes: int,
         max_waiting_bytes: int,
+        least_rate: int,
     ) -> None:
         """`policy`: hosts beside a prefill's own where its ranks may receive. `max_waiting_bytes`: of the bodies in
-        progress; a caller beyond that waits, its body unread."""
+        progress; a caller beyond that waits, its body unread. `least_rate`: bytes a second of a body at least."""
         self._fleet, self._policy = fleet, policy
-        self._timeout_s, self._max_body_bytes = timeout_s, max_body_bytes
+        self._timeout_s, self._max_body_bytes, self._least_rate = timeout_s, max_body_bytes, least_rate
         self._registrations = Registrations()
         self._active = ActiveParts()
         self.held = Undelivered(max_waiting_bytes, share=1.0)
@@ -101,7 +102,7 @@ class SGLangFace:
                     await held.enter_async_context(room)
             except TimeoutError:
                 raise DeadlineExceeded(f"no room for the request's body within {self._timeout_s:g} s") from None
-            raw = bytes(await read_all(request, self._max_body_bytes))
+            raw = bytes(await read_all(request, self._max_body_bytes, self._least_rate))
             if len(raw) < IN_PLACE_BYTES:
                 body = from_json(raw, PartBody)
             else:

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from encode_server.client.encoders import Encoder
+from encode_server.telemetry.logs import quoted
 
 request_log = logging.getLogger("encode_server.requests")
 
@@ -91,7 +92,7 @@ class Observed:
             self._metrics.requests.labels(label, str(status)).inc()
             self._metrics.seconds.labels(label).observe(seconds)
             if path not in UNLOGGED:
-                notes = "".join(f" {name}={value}" for name, value in scope.get(NOTES, {}).items())
+                notes = "".join(f" {name}={quoted(str(value))}" for name, value in scope.get(NOTES, {}).items())
                 request_log.info(
-                    "%s %s status=%d total=%.1fms%s", scope["method"], path[:200], status, seconds * 1000, notes
+                    "%s %s status=%d total=%.1fms%s", scope["method"], quoted(path[:200]), status, seconds * 1000, notes
                 )

@@ -286,6 +286,8 @@ def test_options_come_from_the_environment_and_a_key_guards_the_chat_api(tmp_pat
         (["--protocol", "vllm", "--engine-url", "http://a:1"], "--encoder-url or --encoder-dns is missing"),
         (["--register-url", "a:1"], "--register-url"),
         (["--ssl-certfile", "x"], "go together"),
+        (["--encoder-dns", "http://a:1/path"], "--encoder-dns"),
+        (["--max-waiting-mb", "64"], "--max-waiting-mb is below --max-body-mb"),
     ],
 )
 def test_options_that_cannot_work_are_said(tmp_path, options, said):
@@ -297,7 +299,7 @@ def test_options_that_cannot_work_are_said(tmp_path, options, said):
 
 def test_many_bodies_wait_unread(tmp_path):
     """Two megabytes at a time: the third waits until one has been delivered."""
-    with EncoderStandIn() as a, route(tmp_path, *to(a), "--max-waiting-mb", "2") as live:
+    with EncoderStandIn() as a, route(tmp_path, *to(a), "--max-waiting-mb", "2", "--max-body-mb", "1") as live:
         prefill = Prefill(live.base_url)
         a.hold.clear()
         parts = [prefill.ask(f"r{number}", str(number) * (900 << 10)) for number in range(4)]
@@ -308,7 +310,10 @@ def test_many_bodies_wait_unread(tmp_path):
 
 
 def test_a_body_that_finds_no_room_in_time_is_said(tmp_path):
-    with EncoderStandIn() as a, route(tmp_path, *to(a), "--max-waiting-mb", "1", "--timeout-s", "1.5") as live:
+    with (
+        EncoderStandIn() as a,
+        route(tmp_path, *to(a), "--max-waiting-mb", "1", "--max-body-mb", "1", "--timeout-s", "1.5") as live,
+    ):
         prefill = Prefill(live.base_url)
         a.hold.clear()
         first = prefill.ask("r0", "0" * (900 << 10))
