@@ -71,7 +71,7 @@ class TooSlow(EncodeError):
 
 
 class Duplicate(EncodeError):
-    """A request with this id is already being worked on."""
+    """The same part of the same request is in progress, or the uuid names other media in the store."""
 
     status, code = 409, "duplicate"
 

@@ -14,7 +14,7 @@ from encode_server.errors import StartupError
 def answer(argument: bytes, fds: Sequence[int]) -> int:
     """Call the function that `argument` names, and write its result, or the message of its StartupError, to `fds[0]`.
 
-    The first parameter's annotation of the function is not looked at: it is given what msgpack decodes to.
+    The function gets its argument as msgpack decodes it, whatever its annotation says.
     """
     name, payload = msgspec.msgpack.decode(argument, type=tuple[str, bytes])
     module, _, function = name.partition(":")

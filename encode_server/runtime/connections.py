@@ -92,6 +92,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self._refuse(503, "too many connections are open")
                 return
             log.debug("closing an idle connection of %s: %d are open", spare.host, len(self.connections))
+            self.idle.discard(spare)  # now: asyncio tells of the end only later, and the next newcomer needs another
             spare.transport.abort()
         self.idle.add(self)
         self._expect_head()

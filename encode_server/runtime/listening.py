@@ -108,9 +108,11 @@ async def until_signalled(
     leaving: asyncio.Task[None] | None = None
 
     async def go() -> None:
-        if drain is not None:
-            await drain()
-        server.should_exit = True
+        try:
+            if drain is not None:
+                await drain()
+        finally:
+            server.should_exit = True
 
     def leave() -> None:
         nonlocal first, leaving

@@ -26,8 +26,8 @@ class Pace(Enum):
 
 
 class Pools:
-    """`work`: hash, decode base64 and JSON, read files. `send`: copy out, encode answers. `store`: write to a disk,
-    which may hang. Each is a pool of its own, so that none waits for another."""
+    """`work`: hash, decode base64 and JSON, read files. `send`: copy embeddings out. `store`: write to a disk, which
+    may hang. Each is a pool of its own, so that none waits for another."""
 
     def __init__(self, send_workers: int) -> None:
         self.work = ThreadPoolExecutor(4, "work")

@@ -12,7 +12,8 @@ PREFIX = "encode-server-"
 
 
 class RunDirectory:
-    """A 0700 directory that exists while the ranks connect. Locked while its owner lives, so a stale one is known."""
+    """A 0700 directory that exists until the child has connected. Locked while its owner lives, so that a stale one can
+    be told."""
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX))

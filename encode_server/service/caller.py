@@ -17,7 +17,7 @@ from encode_server.wire.modality import Modality
 class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
     does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
-    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --engine."""
+    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol."""
 
     req_id: str | None
     modality: Modality
@@ -33,9 +33,11 @@ class Ask:
 
     @property
     def destination(self) -> str:
-        """Where the embedding goes, in one word: `answer`, `push` or `store`."""
+        """Where the embedding goes, in one word: `answer`, `push`, `store` or `cache`."""
         if self.stored:
             return "store"
+        if self.cached:
+            return "cache"
         return "answer" if self.prefill_host is None else "push"
 
 

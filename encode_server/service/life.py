@@ -34,9 +34,9 @@ async def serve_encode(server: Server, caller: Caller) -> None:
     """
     record, started, outcome = Record(), time.perf_counter(), "ok"
     try:
+        arrived = time.monotonic()
         async with _admitted(server, caller) as ticket:
-            arrived = time.monotonic()
-            ask = await _read(server, caller, ticket)
+            ask = await _read(server, caller, ticket, arrived)
             req_id = ask.req_id or new_req_id()
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
             record.destination = ask.destination
@@ -80,13 +80,13 @@ async def _admitted(server: Server, caller: Caller) -> AsyncIterator[Ticket]:
         yield ticket
 
 
-async def _read(server: Server, caller: Caller, ticket: Ticket) -> Ask:
+async def _read(server: Server, caller: Caller, ticket: Ticket, arrived: float) -> Ask:
     """The body. Its time is never longer than by default: a body that trickles in holds a place, and room. A patient
     caller may have to wait for room while its body arrives."""
     limit_s = server.timeout_s(None) if server.patient else server.settings.timeout_s
     asked = caller.asked_timeout_s
     try:
-        async with asyncio.timeout(min(asked or limit_s, limit_s)):
+        async with asyncio.timeout(max(0.0, arrived + min(asked or limit_s, limit_s) - time.monotonic())):
             ask = await caller.read(ticket.grow)
     except TimeoutError:
         raise DeadlineExceeded("the request's time was up before its body had arrived") from None

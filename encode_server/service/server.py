@@ -192,8 +192,8 @@ class Server:
         return await self.encoding.pipeline.encode(request, self.encoding.route)
 
     async def until_open(self, wait_s: float) -> None:
-        """Return once requests are taken. Raises NotReady when that takes longer than `wait_s` seconds, or never
-        comes."""
+        """Return once requests are taken, or when the server drains: whoever waits at the door then is still served.
+        Raises NotReady when that takes longer than `wait_s` seconds, or never comes."""
         try:
             async with asyncio.timeout(wait_s):
                 while (reason := self.not_ready()) is not None and not self._draining:
