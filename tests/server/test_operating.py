@@ -36,7 +36,7 @@ def status(server: LiveServer, path: str) -> int:
 
 
 def test_it_says_what_it_is_and_drains_before_it_leaves(checkpoint, tmp_path, picture, systemd):
-    options = ["--api-keys", "very-secret", "--drain-s", "3"]
+    options = ["--api-keys", "very-secret", "--drain-s", "15"]
     environment = {"NOTIFY_SOCKET": systemd.getsockname(), "ENCODE_SERVER_PREPROC_WORKER": "3"}
     with LiveServer(checkpoint, tmp_path / "s", *options, environment=environment) as server:
         server.healthy()
@@ -47,7 +47,7 @@ def test_it_says_what_it_is_and_drains_before_it_leaves(checkpoint, tmp_path, pi
         info = httpx.get(server.base_url + "/server_info", headers=KEY, timeout=10)
         document = info.json()
         assert document["version"] == __version__ and document["state"] == "ready"
-        assert document["settings"]["api_keys"] == 1 and document["settings"]["drain_s"] == 3
+        assert document["settings"]["api_keys"] == 1 and document["settings"]["drain_s"] == 15
         assert document["packages"]["torch"] and document["encoder"]["dtype"] == "float32"
         assert "very-secret" not in info.text and "drain_s" in document["given"]
 
