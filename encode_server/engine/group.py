@@ -157,7 +157,7 @@ class RankGroup:
         return await self._call(m.StartProfile(next(self._seq), path, forwards))
 
     async def stop_profile(self) -> list[m.Done]:
-        """Have every rank write its trace. Raises GroupLost."""
+        """Have every rank end its profile and begin to write its trace. Raises GroupLost."""
         return await self._call(m.StopProfile(next(self._seq)))
 
     def age_s(self, pending: Pending) -> float:

@@ -20,7 +20,7 @@ from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
 
-PROFILE_LIMIT_S = 300.0  # a trace of many forwards takes long to write
+PROFILE_LIMIT_S = 60.0  # the first profile of a rank loads libraries
 LEAST_LIMIT_S = 5.0  # no forward is taken for a hang before
 OVERDUE = 10.0  # times what a forward should have taken
 COLD_FORWARDS = 4  # of a new group, which still compile kernels: only the upper bound holds for them
@@ -143,7 +143,7 @@ class Supervisor:
             raise NotReady(f"the encoder is not available: {lost}") from None
 
     async def stop_profile(self) -> list[m.Done]:
-        """Have every rank write its trace. Raises NotReady."""
+        """Have every rank end its profile and begin to write its trace. Raises NotReady."""
         try:
             return await self._sound().stop_profile()
         except GroupLost as lost:
