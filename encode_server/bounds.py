@@ -138,6 +138,7 @@ def _of_media(s: Settings) -> Iterable[Bound]:
     limits = MediaLimits()
     yield Bound("a media item as sent or downloaded", "media/limits.py", s.max_media_mb, "MiB", "413", "max_media_mb")
     yield Bound("pixels of an image or a frame", "media/limits.py", s.max_pixels, "", "413", "max_pixels")
+    yield Bound("reads of an image file, slow formats apart", "media/image.py", limits.image_reads, "", "413")
     yield Bound("frames of a video", "media/limits.py", s.max_frames, "", "413", "max_frames")
     yield Bound("chosen frames of a video, decoded", "media/limits.py", limits.max_decoded_bytes >> 20, "MiB", "413")
     yield Bound("length of a video", "media/limits.py", limits.max_video_seconds, "s", "413")
