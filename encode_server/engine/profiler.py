@@ -16,9 +16,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-MAX_SECONDS = 60.0
-MAX_BYTES = 32 << 20  # of memory while it records: 150,000 events, which take the rank a second once it ends
-PART = ".part"  # the end of the name of a trace that is not complete
+from encode_server.engine.profile_limits import MAX_BYTES, MAX_SECONDS, PART
+
 WRITE_NICE = 19  # of the thread that writes
 
 

@@ -7,7 +7,7 @@ import itertools
 import time
 from pathlib import Path
 
-from encode_server.engine.profiler import PART
+from encode_server.engine.profile_limits import PART
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import BadRequest, EncodeError, Forbidden, StartupError
 from encode_server.wire.ranks import Done

@@ -29,8 +29,8 @@ _BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 16, "JPEG2000": 32}
 
 
 class _File(BytesIO):
-    """An image's bytes, for no more than `limits.image_reads` reads, and for no longer than a decode may take. Where slow
-    formats are allowed the reads have no bound: a decoder in Python reads byte by byte."""
+    """An image's bytes, for no more than `limits.image_reads` reads, and for no longer than a decode may take. Where
+    slow formats are allowed the reads have no bound: a decoder in Python reads byte by byte."""
 
     def __init__(self, data: bytes, limits: MediaLimits) -> None:
         super().__init__(data)

@@ -10,7 +10,8 @@ from threading import Event
 import pytest
 
 from encode_server.engine import profiler
-from encode_server.engine.profiler import PART, Profiler, heap_bytes
+from encode_server.engine.profile_limits import PART
+from encode_server.engine.profiler import Profiler, heap_bytes
 
 
 @pytest.fixture
