@@ -17,6 +17,7 @@ import zmq
 from encode_server.engine.arena import Arena
 from encode_server.errors import StartupError
 from encode_server.runtime.forkserver import Forkserver
+from encode_server.runtime.outside import killed_from_outside, oom_kills, stopped_from_outside
 from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
@@ -47,12 +48,15 @@ class GroupLost(Exception):
     """The ranks died, hang or stopped making sense. What was in flight has not been delivered.
 
     `suspect`: the command was being executed, so the command may be the cause. `out_of_memory`: the command is the
-    cause, for lack of memory.
+    cause, for lack of memory. `outside`: as far as can be known, somebody outside of the server ended or
+    stopped a rank.
     """
 
-    def __init__(self, reason: str, *, suspect: bool = False, out_of_memory: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, suspect: bool = False, out_of_memory: bool = False, outside: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.suspect, self.out_of_memory = suspect, out_of_memory
+        self.suspect, self.out_of_memory, self.outside = suspect, out_of_memory, outside
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ class GroupSpec:
 @dataclass
 class Pending:
     """A command that the ranks have not all acknowledged. `expected_s`: how long a forward should take, None where
-    nothing is known. `started`: of `time.monotonic()`, when the ranks came to it."""
+    nothing is known. `started`: of `time.monotonic()`, when the ranks came to it. `oom_kills`: what
+    `runtime.outside.oom_kills` said then."""
 
     command: m.Acknowledged
     expected_s: float | None = None
     started: float | None = None
+    oom_kills: int | None = None
     done: dict[int, m.Done] = field(default_factory=dict)
     waited: dict[int, Waited] = field(default_factory=dict)  # by rank's process, at the first look at its age
     future: asyncio.Future[list[m.Done]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -151,7 +157,7 @@ class RankGroup:
         return await self._call(m.StartProfile(next(self._seq), path, forwards))
 
     async def stop_profile(self) -> list[m.Done]:
-        """Have every rank write its trace. Raises GroupLost."""
+        """Have every rank end its profile and begin to write its trace. Raises GroupLost."""
         return await self._call(m.StopProfile(next(self._seq)))
 
     def age_s(self, pending: Pending) -> float:
@@ -167,15 +173,20 @@ class RankGroup:
             pending.waited = {pid: waited(pid) for pid in late}
         return max(0.0, age - max((starved_seconds(pid, pending.waited.get(pid, {})) for pid in late), default=0.0))
 
-    def fail(self, reason: str, cause: Cause) -> None:
-        """Declare the group lost: everything in flight raises GroupLost."""
+    def stopped_from_outside(self) -> bool:
+        """Whether a rank stands still because somebody stopped it."""
+        return any(rank.peer.pid is not None and stopped_from_outside(rank.peer.pid) for rank in self._ranks)
+
+    def fail(self, reason: str, cause: Cause, *, outside: bool = False) -> None:
+        """Declare the group lost: everything in flight raises GroupLost. `outside`: see there."""
         if self.lost.done():
             return
         self.cause = cause
         self.lost.set_result(reason)
         for pending in self._pending.values():
             if not pending.future.done():
-                pending.future.set_exception(GroupLost(reason, suspect=pending.started is not None))
+                suspect = pending.started is not None
+                pending.future.set_exception(GroupLost(reason, suspect=suspect, outside=outside))
                 pending.future.exception()  # the caller may be gone
 
     async def stop(self, grace_s: float = 5.0) -> None:
@@ -283,13 +294,17 @@ class RankGroup:
         for pending in itertools.islice(self._pending.values(), info.at_once if info else 1):
             if pending.started is None:
                 pending.started = time.monotonic()
+                pending.oom_kills = oom_kills()
             if not isinstance(pending.command, m.Forward):
                 break  # nothing overtakes it
 
     def _on_exit(self, index: int, rank: _Rank, code: int) -> None:
         rank.state = "dead"
         how = signal.Signals(-code).name if code < 0 else f"code {code}"
-        self.fail(f"rank {index} exited with {how}", Cause.DIED)
+        # The first rank to exit: this server itself kills ranks of a lost group only.
+        oldest = self.oldest()
+        outside = killed_from_outside(code, oldest.oom_kills if oldest else None)
+        self.fail(f"rank {index} exited with {how}", Cause.DIED, outside=outside)
 
 
 def _first_error(done: Mapping[int, m.Done]) -> str:

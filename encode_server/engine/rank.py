@@ -136,7 +136,7 @@ def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threa
                 threads.submit(partial(_forward_and_post, worker, command, channel))
             case m.Forward() as command:
                 channel.send(m.encode(worker.forward(command)))
-                with contextlib.suppress(Exception):  # a trace that cannot be written is no reason to fail an item
+                with contextlib.suppress(Exception):  # a profile that fails is no reason to lose the rank
                     profiler.forwarded()
             case m.StartProfile(seq, path, forwards):
                 start = partial(profiler.start, f"{path}rank{rank}.json.gz", forwards)
@@ -145,6 +145,8 @@ def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threa
                 channel.send(m.encode(_attempt(rank, seq, profiler.stop)))
             case m.Ping(seq):
                 channel.send(m.encode(m.Done(rank, seq)))
+                with contextlib.suppress(Exception):
+                    profiler.look()
             case m.Shutdown():
                 return
 
@@ -247,7 +249,9 @@ def main(argument: bytes, fds: Sequence[int]) -> int:
             gc.freeze()  # what is loaded stays: a collection that walks through it would idle the device
             channel.send(m.encode(m.Ready(setup.rank, info)))
             with _side_by_side(info, setup.threads) as threads:
-                serve(channel, worker, Profiler(info.device), setup.rank, threads)
+                profiler = Profiler(info.device)
+                serve(channel, worker, profiler, setup.rank, threads)
+                profiler.close()
     except StartupError as error:
         channel.send(m.encode(m.Failed(setup.rank, str(error))))
         return 3

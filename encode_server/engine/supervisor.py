@@ -20,7 +20,7 @@ from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
 
-PROFILE_LIMIT_S = 300.0  # a trace of many forwards takes long to write
+PROFILE_LIMIT_S = 60.0  # the first profile of a rank loads libraries
 LEAST_LIMIT_S = 5.0  # no forward is taken for a hang before
 OVERDUE = 10.0  # times what a forward should have taken
 COLD_FORWARDS = 4  # of a new group, which still compile kernels: only the upper bound holds for them
@@ -92,11 +92,12 @@ class Supervisor:
         return self._group.states if self._group else []
 
     def forward_age_s(self) -> float | None:
-        """Seconds since the ranks came to the oldest forward that they execute; None when they execute none."""
+        """Seconds that the ranks have had for the oldest forward that they execute, without the time in which the
+        machine gave a rank no core; None when they execute none."""
         oldest = self._group.oldest() if self._group else None
-        if oldest is None or oldest.started is None or not isinstance(oldest.command, m.Forward):
+        if self._group is None or oldest is None or oldest.started is None or not isinstance(oldest.command, m.Forward):
             return None
-        return time.monotonic() - oldest.started
+        return self._group.age_s(oldest)
 
     def limit_s(self) -> float:
         """How long the oldest command may take before the ranks count as hanging."""
@@ -142,7 +143,7 @@ class Supervisor:
             raise NotReady(f"the encoder is not available: {lost}") from None
 
     async def stop_profile(self) -> list[m.Done]:
-        """Have every rank write its trace. Raises NotReady."""
+        """Have every rank end its profile and begin to write its trace. Raises NotReady."""
         try:
             return await self._sound().stop_profile()
         except GroupLost as lost:
@@ -210,6 +211,7 @@ class Supervisor:
                     group.fail(
                         f"the ranks hang: a {what} has not ended after {age:.1f} s, expected within {limit:.1f} s",
                         Cause.HANG,
+                        outside=group.stopped_from_outside(),
                     )
             elif time.monotonic() - pinged > self._options.ping_s:
                 pinged = time.monotonic()

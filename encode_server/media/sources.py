@@ -55,8 +55,8 @@ class MediaSource:
         scheme = re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]{0,30}):", url)
         name = scheme[1].lower() if scheme else ""
         if name in ("http", "https"):
-            pieces = await self._web.get(url.strip(), charge, client)
-            return await loop.run_in_executor(self._executor, b"".join, pieces)
+            body = await self._web.get(url.strip(), charge, client)
+            return await loop.run_in_executor(self._executor, body.take)
         if name == "file" or self._files.is_path(url):
             media = await loop.run_in_executor(self._executor, self._files.read, url, self._limits)
             await charge(len(media))

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 WAITING = 1  # batches in the ranks' sockets beside those being executed, so that the device never waits for the front
 LARGE = 4  # a batch above this many times `batch_cost` runs alone, on all cores
-MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before the batch is taken apart
+MAX_LOSSES = 2  # how often a batch may be executing when the ranks are lost before the batch is taken apart
+MAX_KILLS = 4  # kills of ranks from outside, as far as can be known, until an item that was alone each time is blamed
 
 
 class Engine(Protocol):
@@ -287,22 +288,31 @@ class Batcher:
             self._end(batch[0], EncodeFailed("the encoder failed on this item"))
 
     def _replay(self, batch: list[Piece], lost: GroupLost) -> None:
+        """Send a lost batch again, in halves when the ranks were lost on it repeatedly, or blame its only piece."""
         self._metrics.replayed.inc(len(batch))
         if lost.suspect:
             for piece in batch:
-                piece.failures += 1
+                piece.losses += 1
+                piece.kills += lost.outside and self._alone and len(batch) == 1
         if lost.out_of_memory:
             self._lower_budget(batch)
-        elif not lost.suspect or max(piece.failures for piece in batch) < MAX_FAILURES:
+        repeatedly = lost.out_of_memory or max(piece.losses for piece in batch) >= MAX_LOSSES
+        if not lost.suspect or not repeatedly:
             self._requeue(batch)
-            return
-        if len(batch) > 1:
+        elif len(batch) > 1:
             self._halve(batch)
         else:
-            # Its slots go back when it is taken from the retries: by then the ranks that may write there are gone.
-            why = "the encoder failed on this item" if lost.out_of_memory else "the ranks died on this item, repeatedly"
-            batch[0].job.fail(EncodeFailed(why))
+            if self._is_to_blame(batch[0], lost):
+                # Its slots go back when it is taken from the retries: by then the ranks that may write there are gone.
+                known = "the encoder failed on this item"
+                why = known if lost.out_of_memory else "the ranks died on this item, repeatedly"
+                batch[0].job.fail(EncodeFailed(why))
             self._requeue(batch)
+
+    def _is_to_blame(self, piece: Piece, lost: GroupLost) -> bool:
+        """Whether a piece on which the ranks were lost repeatedly has ended them: only a piece that they executed alone
+        is judged, and a kill from outside is not its doing, unless such kills follow it."""
+        return lost.out_of_memory or (self._alone and (not lost.outside or piece.kills >= MAX_KILLS))
 
     def _halve(self, batch: list[Piece]) -> None:
         middle = len(batch) // 2

@@ -27,13 +27,15 @@ class Work:
 @dataclass(eq=False)
 class Piece:
     """What goes into a batch: an item, or a part of a large one. `cost` and `pairs`: see `models.prepared.Prepared`.
-    `failures`: how often the ranks were lost while they executed the piece."""
+    `losses`: how often the ranks were lost while they executed the piece; `kills`: how often of these it was alone, and
+    somebody outside of the server seemed to have ended or stopped a rank."""
 
     job: Job
     item: ItemRef
     cost: int
     pairs: int
-    failures: int = 0
+    losses: int = 0
+    kills: int = 0
 
 
 class Job:

@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 
 from encode_server.engine.arena import Arena
-from encode_server.errors import BadRequest, EncodeError, TooLarge, UnsupportedModality
+from encode_server.errors import BadRequest, EncodeError, TooLarge, UnsupportedModality, first_of
 from encode_server.media.sources import MediaSource
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
@@ -111,7 +111,7 @@ class Pipeline:
                     for index, item in enumerate(request.items)
                 ]
         except* EncodeError as errors:
-            raise _first(errors) from None
+            raise first_of(errors) from None
         return [task.result() for task in tasks]
 
     async def _encode_item(self, request: EncodeRequest, route: Route, index: int, item: MediaItem) -> EncodedItem:
@@ -224,11 +224,3 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
 
 def _digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def _first(errors: BaseExceptionGroup[EncodeError]) -> EncodeError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, EncodeError)
-    return error

@@ -27,7 +27,7 @@ from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec
 from encode_server.engine.profiling import Profiling
 from encode_server.engine.supervisor import Supervisor, SupervisorOptions
-from encode_server.errors import NotReady, StartupError
+from encode_server.errors import NotReady, StartupError, first_of
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
@@ -378,9 +378,7 @@ class Server:
             self._changes.announce()
 
     def _fail(self, failure: Exception, on_fatal: Callable[[str], None]) -> None:
-        error: BaseException = failure
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = first_of(failure)
         if isinstance(error, StartupError):
             self.fatal = str(error)
         else:

@@ -82,7 +82,8 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
-    """Record what runs, for so many forwards or until `StopProfile`; the trace goes to `path` + `rank<N>.json.gz`."""
+    """Record what runs, for so many forwards or until `StopProfile`, within the bounds of `engine.profiler`. The trace
+    goes to `path` + `rank<N>.json.gz`; until the trace is complete there is a file of that name + `.part`."""
 
     seq: int
     path: str
@@ -90,7 +91,7 @@ class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
 
 
 class StopProfile(msgspec.Struct, frozen=True, tag="stop_profile"):
-    """Write the trace of the profile that runs."""
+    """End the profile that runs, and begin to write its trace."""
 
     seq: int
 

@@ -27,7 +27,7 @@ class StandInGroup:
         self.cause = Cause.NOT_STARTED
         self.age = 0.0
         self.pending: list[Pending] = []
-        self.stopped = False
+        self.stopped = self.halted = False
 
     def oldest(self) -> Pending | None:
         return self.pending[0] if self.pending else None
@@ -61,13 +61,16 @@ class StandInGroup:
             pending.future.set_result([m.Done(0, 1)])
         self.pending.clear()
 
-    def fail(self, reason: str, cause: Cause) -> None:
+    def stopped_from_outside(self) -> bool:
+        return self.halted
+
+    def fail(self, reason: str, cause: Cause, *, outside: bool = False) -> None:
         if self.lost.done():
             return
         self.cause = cause
         self.lost.set_result(reason)
         for pending in self.pending:
-            pending.future.set_exception(GroupLost(reason, suspect=True))
+            pending.future.set_exception(GroupLost(reason, suspect=True, outside=outside))
             pending.future.exception()
 
     async def stop(self, grace_s: float = 5.0) -> None:

@@ -165,6 +165,34 @@ def test_a_forward_hangs_after_ten_times_what_it_should_take_and_five_seconds_at
     run(scenario, stall_s=60.0)
 
 
+@pytest.mark.parametrize("halted", [True, False])
+def test_a_rank_that_somebody_stopped_is_no_sign_against_the_forward(run: Run, halted: bool) -> None:
+    async def scenario(engine: Supervisor, groups: Groups) -> None:
+        task = forward(engine)
+        groups.last.halted = halted
+        groups.last.age = 61.0
+        with pytest.raises(GroupLost) as lost:
+            await task
+        assert lost.value.outside is halted
+
+    run(scenario)
+
+
+def test_the_age_of_a_forward_leaves_out_the_time_without_a_core(run: Run) -> None:
+    """Or a starved machine would be unhealthy: `age_s` is the group's, which knows that time."""
+
+    async def scenario(engine: Supervisor, groups: Groups) -> None:
+        task = forward(engine)
+        await until(lambda: bool(groups.last.pending))
+        groups.last.age = 0.25
+        assert engine.forward_age_s() == 0.25
+        groups.last.end_all()
+        await task
+        assert engine.forward_age_s() is None
+
+    run(scenario)
+
+
 def test_the_first_forwards_of_a_group_may_take_the_upper_bound(run: Run) -> None:
     """They compile kernels."""
 

@@ -80,18 +80,23 @@ class StandInEngine:
                 case Done() as done:
                     batch.outcome.set_result([done])
                 case GroupLost() as lost:
-                    self.lose(suspect=lost.suspect, out_of_memory=lost.out_of_memory)
+                    self.lose(suspect=lost.suspect, out_of_memory=lost.out_of_memory, outside=lost.outside)
                     asyncio.get_running_loop().call_later(0.001, self.recover)
         return await asyncio.shield(batch.outcome)
 
-    def lose(self, *, suspect: bool = True, out_of_memory: bool = False) -> None:
+    def lose(self, *, suspect: bool = True, out_of_memory: bool = False, outside: bool = False) -> None:
         """The ranks are lost with everything in progress. Until `recover` they may still write to the arena.
         `suspect`: of the oldest forward; the others were not being executed."""
         self.ready = False
         for index, batch in enumerate(self.open):
             first = index == 0
             batch.outcome.set_exception(
-                GroupLost("the test wants it", suspect=suspect and first, out_of_memory=out_of_memory and first)
+                GroupLost(
+                    "the test wants it",
+                    suspect=suspect and first,
+                    out_of_memory=out_of_memory and first,
+                    outside=outside,
+                )
             )
             self._unreaped.append(batch)
 

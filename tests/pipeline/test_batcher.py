@@ -135,6 +135,43 @@ def test_the_item_that_ends_the_ranks_is_found_and_its_neighbours_are_encoded(co
     run(scenario)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_kills_from_outside_are_not_blamed_on_what_was_executing(count: int) -> None:
+    async def scenario(d: Desk) -> None:
+        for index in range(count):
+            await d.submit(str(index), 10)
+        for _ in range(4):
+            await settle()
+            assert len(d.engine.open) == 1
+            d.engine.lose(outside=True)
+            await settle()
+            d.engine.recover()
+        d.engine.rule = lambda batch: OK
+        await settle()
+        for batch in d.engine.open:
+            batch.end()
+        assert set((await d.all_ended()).values()) == {"ok"}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_item_that_kills_follow_wherever_it_goes_is_found(count: int) -> None:
+    """A kill that the item caused may look as if it came from outside."""
+
+    async def scenario(d: Desk) -> None:
+        d.engine.rule = poisoned(d, "poison", GroupLost("killed", suspect=True, outside=True))
+        await d.submit("poison", 10)
+        for index in range(count - 1):
+            await d.submit(f"good {index}", 10)
+        ends = await d.all_ended()
+        assert ends.pop("poison") == "encode_failed"
+        assert set(ends.values()) <= {"ok"}
+        assert d.sent.count(["poison"]) in (4, 5)
+
+    run(scenario)
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_an_error_of_one_item_spares_its_batch(count: int) -> None:
     async def scenario(d: Desk) -> None:
