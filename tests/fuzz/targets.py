@@ -142,7 +142,7 @@ def urls(data: bytes) -> None:
         address = UrlPolicy([]).check_host(url.raw_host.decode("ascii"), url.port or 80)
         assert address is None or address.is_global
     with contextlib.suppress(EncodeError):
-        decode_inline(text, LIMITS)
+        decode_inline((text,), LIMITS)
     with contextlib.suppress(EncodeError):
         check_identifier(text)
         assert "/" not in text and text not in (".", "..")
