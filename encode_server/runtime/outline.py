@@ -43,6 +43,7 @@ class Outline(Generic[T]):
     body: T
     _raw: bytes | bytearray = b""
     _cut: dict[str, slice] = field(default_factory=dict)  # between the quotes
+    _mark: bytes = b""  # what every stand-in begins with
 
     def text(self, found: str) -> Text:
         """What a string of the body really says. Raises BadRequest."""
@@ -52,22 +53,32 @@ class Outline(Generic[T]):
             return from_json(self._raw[cut.start - 1 : cut.stop + 1], str)
         return tuple(from_json(b'"' + piece + b'"', str) for piece in _pieces(self._raw, cut))
 
-    def written(self, found: str) -> bytes | bytearray | None:
-        """A long string as JSON, quotes included, as it came; None for other strings."""
+    def written(self, found: str) -> memoryview | None:
+        """A long string as JSON, quotes included, as it came and without a copy; None for other strings."""
         cut = self._cut.get(found)
-        return None if cut is None else self._raw[cut.start - 1 : cut.stop + 1]
+        return None if cut is None else memoryview(self._raw)[cut.start - 1 : cut.stop + 1]
+
+    def restored(self, document: bytes) -> list[bytes | bytearray | memoryview]:
+        """The pieces of a document that was made of the body, its long strings again as they came."""
+        pieces: list[bytes | bytearray | memoryview] = []
+        done = 0
+        while self._mark and (at := document.find(self._mark, done)) >= 0:
+            cut = self._cut[document[at : at + LONG + 1].decode()]
+            pieces += [document[done:at], memoryview(self._raw)[cut]]
+            done = at + LONG + 1
+        return [*pieces, document[done:]]
 
 
 def outline(raw: bytes | bytearray, kind: type[T], limits: OutlineLimits) -> Outline[T]:
     """The JSON in `raw` as `kind`. It must stay as it is as long as the outline is used. Raises BadRequest."""
     if len(raw) <= limits.max_bytes:
         return Outline(from_json(raw, kind))
-    rest, cut = _cut_out(raw, limits)
-    return Outline(from_json(rest, kind), raw, cut)
+    mark = secrets.token_hex(16)  # or a string of the body could be taken for another one
+    rest, cut = _cut_out(raw, mark, limits)
+    return Outline(from_json(rest, kind), raw, cut, mark.encode())
 
 
-def _cut_out(raw: bytes | bytearray, limits: OutlineLimits) -> tuple[bytearray, dict[str, slice]]:
-    secret = secrets.token_hex(16)  # or a string of the body could be taken for another one
+def _cut_out(raw: bytes | bytearray, mark: str, limits: OutlineLimits) -> tuple[bytearray, dict[str, slice]]:
     kept = bytearray()
     cut: dict[str, slice] = {}
     strings = at = done = 0
@@ -75,7 +86,7 @@ def _cut_out(raw: bytes | bytearray, limits: OutlineLimits) -> tuple[bytearray, 
         closes, escaped = _end_of_string(raw, opens + 1, limits.max_strings - strings)
         strings += 1 + escaped
         if closes - opens > LONG:
-            name = f"{secret}{len(cut):x}".ljust(LONG + 1, ".")
+            name = f"{mark}{len(cut):x}".ljust(LONG + 1, ".")
             cut[name] = slice(opens + 1, closes)
             kept += raw[done : opens + 1] + name.encode()
             done = closes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -11,10 +12,14 @@ import pytest
 
 from encode_server.api import body
 from encode_server.api.schemas import EncodeBody
+from encode_server.client.affinity import item_key
+from encode_server.client.media import items_json
 from encode_server.errors import BadRequest
+from encode_server.route.chat import media_items, media_parts, name_parts
 from encode_server.runtime import outline as module
 from encode_server.runtime.bodies import from_json
 from encode_server.runtime.outline import LONG, OutlineLimits, outline
+from encode_server.wire.modality import Modality
 
 MIB = 1 << 20
 LIMITS = OutlineLimits(4 * LONG, 40)
@@ -78,6 +83,32 @@ def test_a_stand_in_passes_for_no_other_string():
     with pytest.raises(BadRequest, match="uuid"):
         raw = json.dumps({"modality": "image", "mm_items": [{"url": "A", "uuid": long}]}).encode()
         outline(raw, EncodeBody, LIMITS)
+
+
+def test_a_document_is_put_together_again():
+    long = ["x" * 5000, "é\\/" * 3000]
+    raw = b'{"k": ["%s", {"twice": "%s", "twice": "y"}], "other": "%s"}' % tuple(
+        text.encode() for text in (long[0], long[1], long[1])
+    )
+    found = outline(raw, Any, LIMITS)
+    found.body["more"] = 1
+    assert json.loads(b"".join(found.restored(json.dumps(found.body).encode()))) == json.loads(raw) | {"more": 1}
+
+
+def test_a_chat_of_any_size_is_named_alike_and_keeps_its_media(monkeypatch):
+    media = ["data:image/png;base64," + "QUJD" * 5000, "https://example.com/" + "a" * 20]
+    content = [{"type": "image_url", "image_url": {"url": url}} for url in (media[0], media[1], media[0])]
+    raw = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+    documents = []
+    for limits in (OutlineLimits(1 << 20, 100), OutlineLimits(8000, 100)):
+        found = outline(raw, Any, limits)
+        parts = media_parts(found)
+        items = name_parts(parts, 2.0)[Modality.IMAGE]
+        assert len(items) == len(media_items(parts)[Modality.IMAGE]) == 2
+        assert [json.loads(b"".join(asyncio.run(items_json([item]))))[0]["url"] for item in items] == media
+        assert [item_key(item) for item in items] == [item_key(url) for url in media]
+        documents.append(json.loads(b"".join(found.restored(json.dumps(found.body).encode()))))
+    assert documents[0] == documents[1]
 
 
 @pytest.mark.parametrize(
