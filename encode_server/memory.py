@@ -59,7 +59,7 @@ def available(proc: Path = PROC, mount: Path = MOUNT) -> int:
     def version1(group: Path) -> int:
         return int((group / "memory.limit_in_bytes").read_text())
 
-    return min(machine, *granted("memory", version2, version1, proc, mount))
+    return min([machine, *granted("memory", version2, version1, proc, mount)])
 
 
 def warning(settings: Settings) -> str | None:

@@ -193,6 +193,7 @@ def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
         url = base.join(text) if base is not None else httpx.URL(text)
         host = url.raw_host.decode("ascii")
         port = _port(url)
+        _ = url.host  # raises for a name that is no punycode, which messages would read later
     except (httpx.InvalidURL, ValueError) as error:
         raise BadMedia("the URL is malformed") from error
     if url.scheme not in ("http", "https"):
