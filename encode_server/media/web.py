@@ -20,6 +20,7 @@ from encode_server.media.policy import UrlPolicy, refusal
 from encode_server.runtime.charge import Charge, free
 from encode_server.runtime.resolving import Resolver as SystemResolver
 from encode_server.runtime.slots import FairSlots
+from encode_server.runtime.turns import Turns
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Takes host and port, gives its addresses as text. Raises `OSError` for a name that has none."""
@@ -60,13 +61,16 @@ class WebFetcher:
         self._places = FairSlots(MAX_FETCHES, CLIENT_SHARE)
         # As many threads as fetches: a name server that doesn't answer delays those alone who ask for its names.
         self._resolver = SystemResolver(MAX_FETCHES, limit_s=limits.fetch_seconds)
+        self._turns = Turns()
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
             max_connections=None,
             max_keepalive_connections=32,
             keepalive_expiry=10.0,
             network_backend=_VettedNetwork(
-                policy, resolve or self._resolver.look_up, PatientNetwork(network or MediaNetwork())
+                policy,
+                resolve or self._resolver.look_up,
+                PatientNetwork(network or MediaNetwork(), self._turns),
             ),
         )
 
@@ -138,7 +142,7 @@ class WebFetcher:
             parts += 1
             if parts % 32 == 0:
                 # Thousands of tiny chunks in one packet must not block the loop.
-                await asyncio.sleep(0)
+                await self._turns.wait()
         if not len(body):
             raise BadMedia("the URL gives an empty body")
         return body
@@ -191,6 +195,7 @@ def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
         url = base.join(text) if base is not None else httpx.URL(text)
         host = url.raw_host.decode("ascii")
         port = _port(url)
+        _ = url.host  # raises for a name that is no punycode, which messages would read later
     except (httpx.InvalidURL, ValueError) as error:
         raise BadMedia("the URL is malformed") from error
     if url.scheme not in ("http", "https"):

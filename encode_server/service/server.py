@@ -19,7 +19,7 @@ from encode_server.delivery.folder import EntryFolder
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
-from encode_server.delivery.sglang.frames import SGLangFrames
+from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S, SGLangFrames
 from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
@@ -60,7 +60,6 @@ from encode_server.wire.preparers import Pickled, PreparerSetup
 log = logging.getLogger(__name__)
 
 LAG_INTERVAL_S = 0.25
-SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
 FORKSERVER_TRIES = 3
 
 

@@ -212,7 +212,10 @@ class Metrics:
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The text, and its content type: OpenMetrics, with exemplars, where the header `Accept` asks for it."""
         encode: Callable[[CollectorRegistry], bytes]
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (ValueError, TypeError):  # a version that is none
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
