@@ -6,7 +6,7 @@ import itertools
 import time
 from pathlib import Path
 
-from encode_server.engine.supervisor import Supervisor
+from encode_server.engine.groups import RankGroups
 from encode_server.errors import BadRequest, Forbidden, StartupError
 from encode_server.wire.ranks import Done
 
@@ -25,7 +25,7 @@ class Profiling:
             except OSError as error:
                 raise StartupError(f"--profile-dir: {error.strerror}: {directory}") from None
 
-    async def start(self, engine: Supervisor, forwards: int | None) -> None:
+    async def start(self, engine: RankGroups, forwards: int | None) -> None:
         """Have all ranks record, until `stop` or for so many forwards.
 
         Raises Forbidden without a directory, BadRequest when a profile runs already, NotReady without ranks.
@@ -34,12 +34,12 @@ class Profiling:
         _check(await engine.start_profile(str(self._checked() / name), forwards))
         self._name = name
 
-    async def stop(self, engine: Supervisor) -> list[str]:
+    async def stop(self, engine: RankGroups) -> list[str]:
         """Have all ranks write their traces; the names of the files in the directory. Raises as `start` does."""
         self._checked()
-        dones = await engine.stop_profile()
-        _check(dones)
-        return [f"{self._name}rank{done.rank}.json.gz" for done in dones]
+        written = await engine.stop_profile()
+        _check([done for _, done in written])
+        return [f"{self._name}{group}rank{done.rank}.json.gz" for group, done in written]
 
     def _checked(self) -> Path:
         if self._directory is None:

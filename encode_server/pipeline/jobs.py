@@ -45,11 +45,19 @@ class Job:
     """
 
     def __init__(
-        self, arena: Arena, modality: Modality, deadline: float, *, client: str = "", reserved: bool = False
+        self,
+        arena: Arena,
+        modality: Modality,
+        deadline: float,
+        *,
+        client: str = "",
+        reserved: bool = False,
+        group: int | None = None,
     ) -> None:
         """`deadline`: of `time.monotonic()`. `client`: for fairness. `reserved`: a health probe's, which has room of
-        its own in the arena and the next turn in the queue."""
+        its own in the arena and the next turn in the queue. `group`: the only group of ranks that may encode it."""
         self.modality, self.deadline, self.client, self.reserved = modality, deadline, client, reserved
+        self.group = group
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.pieces: tuple[Piece, ...] = ()
         self.abandoned = False

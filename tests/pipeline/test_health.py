@@ -40,7 +40,9 @@ class House:
         self.engine.limit_s = lambda: self.engine.limit
         self.preparers = SimpleNamespace(states=["idle"], restarts=0, oldest=None)
         self.preparers.oldest_s = lambda: self.preparers.oldest
-        self.batcher = SimpleNamespace(queued=0, in_flight=0, traffic_in_flight=0)
+        self.work = SimpleNamespace(traffic=0, running={})
+        self.batcher = SimpleNamespace(queued=0, in_flight=0, works=[self.work])
+        self.engine.groups = [self.engine]
         parts = (cast(Any, part) for part in (self, self.engine, self.preparers, self.batcher))
         self.probe = HealthProbe(*parts, MEDIA, stall_s=60.0)
 
@@ -135,7 +137,7 @@ def test_an_encode_behind_other_work_is_judged_by_that_work(impatient: None) -> 
     async def scenario(house: House) -> None:
         house.gate.clear()
         assert not await house.healthy()
-        house.batcher.traffic_in_flight = 1
+        house.work.traffic = 1
         house.engine.age, house.engine.limit = 1.0, 5.0
         assert await house.healthy()
         house.engine.age = 6.0
