@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from encode_server.engine.device import profiler_activity
+
 
 class Profiler:
     """At most one profile at a time. `device`: of the rank's encoder."""
@@ -25,7 +27,9 @@ class Profiler:
 
         if self._profile is not None:
             raise ValueError("a profile is already running")
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device != "cpu" else [])
+        activities = [ProfilerActivity.CPU]
+        if self._device != "cpu":
+            activities.append(profiler_activity(self._device))
         started = profile(activities=activities)
         started.start()
         self._profile, self._path, self._forwards_left = started, path, forwards
