@@ -110,7 +110,7 @@ class Settings(BaseSettings):
         60.0,
         gt=0,
         description="older forwards mean that the ranks hang; what a forward should take, once learnt, gives "
-        "a shorter limit",
+        "a limit of its own",
     )
     load_timeout_s: float = Field(900.0, gt=0, description="longest time the ranks may take to load")
     grace_s: float = Field(20.0, ge=0, description="after SIGTERM: time for accepted work to finish")

@@ -71,7 +71,7 @@ def _break_decoder(module):
 
 def _is_rank(pid):
     try:
-        with open(f"/proc/{pid}/comm") as comm:
+        with open(f"/proc/{pid}/comm") as comm:  # noqa: PTH123
             return comm.read().startswith("rank")
     except OSError:
         return False

@@ -176,7 +176,8 @@ class Batcher:
             while work.bound and work.has_room:
                 if self._is_live(job := work.bound.popleft()):
                     self._send(work, list(job.pieces))
-        self._claim()
+        if self._again:
+            self._claim()
         while any(self._supply_one(work) for work in self._ready()):
             pass
 
