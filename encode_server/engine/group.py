@@ -61,7 +61,8 @@ class GroupLost(Exception):
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What a group is started with; see `wire.ranks.RankSetup`. `threads` is per rank."""
+    """What a group is started with; see `wire.ranks.RankSetup`. `threads` is per rank. `index`: of the group, among
+    `groups` of them side by side; their ranks take the devices in order."""
 
     path: str
     world: int
@@ -70,6 +71,18 @@ class GroupSpec:
     checkpoint_dtype: str
     threads: int
     facts: Facts | None = None
+    tf32: bool = False
+    index: int = 0
+    groups: int = 1
+
+    @property
+    def prefix(self) -> str:
+        """What names the group in the log; nothing where it is the only one."""
+        return f"group {self.index}: " if self.groups > 1 else ""
+
+    def rank_name(self, rank: int) -> str:
+        """What `ps` shows."""
+        return f"rank {self.index}.{rank}" if self.groups > 1 else f"rank {rank}"
 
 
 @dataclass
@@ -97,15 +110,23 @@ class _Rank:
 class RankGroup:
     """Start, feed, watch and stop N ranks. Owns their processes and links; `stop` releases everything.
 
-    `lost` is set, once, with the reason when the group can no longer be trusted; only `stop` makes sense then.
+    `lost` is set, once, with the reason when the group can no longer be trusted; only `stop` makes sense then. `gone`
+    is set once `stop` has ended every process: nothing of the group touches the arena any more.
     """
 
     def __init__(
-        self, spec: GroupSpec, forkserver: Forkserver, arena: Arena, on_progress: Callable[[int, str], None]
+        self,
+        spec: GroupSpec,
+        forkserver: Forkserver,
+        arena: Arena,
+        on_progress: Callable[[int, str], None],
+        on_warning: Callable[[int, str], None],
     ) -> None:
-        self._spec, self._forkserver, self._arena, self._on_progress = spec, forkserver, arena, on_progress
+        self._spec, self._forkserver, self._arena = spec, forkserver, arena
+        self._on_progress, self._on_warning = on_progress, on_warning
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[str] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._ranks: list[_Rank] = []
@@ -191,7 +212,7 @@ class RankGroup:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """End every rank (politely if the group is sound, else immediately), wait until all are gone, close the
-        links."""
+        links. Raises Unkillable when a process stays."""
         polite = self._ready.done() and not self.lost.done()
         self.fail("the group was stopped", self.cause)
         for rank in self._ranks:
@@ -199,9 +220,14 @@ class RankGroup:
                 rank.peer.link.send(m.encode(m.Shutdown()))
             else:
                 rank.peer.kill()
-        await asyncio.gather(*(rank.peer.close(grace_s if polite else 0.0) for rank in self._ranks))
+        closing = (rank.peer.close(grace_s if polite else 0.0) for rank in self._ranks)
+        ends = await asyncio.gather(*closing, return_exceptions=True)
         self._ranks.clear()
         self._context.destroy(linger=0)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+        self.gone.set_result(None)
 
     async def _fork(self, index: int, store: int) -> None:
         peer = Peer(self._context, lambda frames: self._on_event(index, frames[0]))
@@ -219,10 +245,13 @@ class RankGroup:
             threads=spec.threads,
             arena_bytes=self._arena.size,
             facts=spec.facts,
+            device_index=spec.index * spec.world + index,
+            devices=spec.groups * spec.world,
+            tf32=spec.tf32,
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)
-        await peer.start(self._forkserver, f"rank {index}", ENTRY, argument, fds)
+        await peer.start(self._forkserver, spec.rank_name(index), ENTRY, argument, fds)
         peer.exited.add_done_callback(lambda exited: self._on_exit(index, rank, exited.result()))
 
     async def _call(self, command: m.Acknowledged, expected_s: float | None = None) -> list[m.Done]:
@@ -247,6 +276,8 @@ class RankGroup:
             case m.Progress(_, step):
                 rank.state = step
                 self._on_progress(index, step)
+            case m.Warned(_, message):
+                self._on_warning(index, message)
             case m.Ready(_, info):
                 rank.state, rank.info = "ready", info
                 self._on_progress(index, "ready")

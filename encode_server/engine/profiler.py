@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from encode_server.engine.device import profiler_activity
 from encode_server.engine.profile_limits import MAX_BYTES, MAX_SECONDS, PART
 
 WRITE_NICE = 19  # of the thread that writes
@@ -50,7 +51,9 @@ class Profiler:
             raise ValueError("the trace of the last profile is still being written")
         part = Path(path + PART)
         part.touch()
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self._device != "cpu" else [])
+        activities = [ProfilerActivity.CPU]
+        if self._device != "cpu":
+            activities.append(profiler_activity(self._device))
         started = profile(activities=activities)
         try:
             started.start()

@@ -7,8 +7,8 @@ import itertools
 import time
 from pathlib import Path
 
+from encode_server.engine.groups import RankGroups
 from encode_server.engine.profile_limits import PART
-from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import BadRequest, EncodeError, Forbidden, StartupError
 from encode_server.wire.ranks import Done
 
@@ -30,7 +30,7 @@ class Profiling:
             except OSError as error:
                 raise StartupError(f"--profile-dir: {error.strerror}: {directory}") from None
 
-    async def start(self, engine: Supervisor, forwards: int | None) -> None:
+    async def start(self, engine: RankGroups, forwards: int | None) -> None:
         """Have all ranks record, until `stop` or for so many forwards.
 
         Raises Forbidden without a directory, BadRequest when a profile runs already, NotReady without ranks.
@@ -41,14 +41,15 @@ class Profiling:
             raise _refusal(dones)
         self._name = name
 
-    async def stop(self, engine: Supervisor) -> list[str]:
+    async def stop(self, engine: RankGroups) -> list[str]:
         """Have all ranks write their traces; the names of the files in the directory, once they are complete. Raises as
         `start` does, and EncodeError for a trace that cannot be written."""
         directory = self._checked()
-        dones = await engine.stop_profile()
+        written = await engine.stop_profile()
+        dones = [done for _, done in written]
         if all(done.error for done in dones):  # else some ranks came to a bound before the others
             raise _refusal(dones)
-        files = [f"{self._name}rank{done.rank}.json.gz" for done in dones]
+        files = [f"{self._name}{group}rank{done.rank}.json.gz" for group, done in written]
         until = time.monotonic() + WRITTEN_S
         # Ranks go on with their work while a thread of theirs writes; nothing else is announced of that thread.
         while any((directory / (name + PART)).exists() for name in files) and time.monotonic() < until:  # noqa: ASYNC110

@@ -48,8 +48,9 @@ class Preparers(Protocol):
 class ReadyEngine(Protocol):
     """Whoever says what the ranks loaded, and waits until they have."""
 
-    async def until_ready(self) -> EncoderInfo:
-        """Return once forwards can be sent. Raises NotReady when they never will be."""
+    async def until_ready(self, group: int | None = None) -> EncoderInfo:
+        """Return once forwards can be sent. Raises NotReady when they never will be, or when `group`, the only one
+        that is to encode, takes none."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Route:
     keeps for probes, room of its own in the arena, the next turn in the queue, and no trace in the stages' metrics.
 
     `cache` None: every item is encoded. `metrics` None: nothing is observed. `tracing` None: nothing is traced.
+    `group`: the only group of ranks that is to encode.
     """
 
     cache: EmbeddingCache | None
     metrics: Metrics | None
     tracing: Tracing | None = None
     express: bool = False
+    group: int | None = None
 
 
 class Pipeline:
@@ -96,7 +99,7 @@ class Pipeline:
         if request.modality not in self.modalities:
             has = ", ".join(sorted(self.modalities))
             raise UnsupportedModality(f"this model has no encoder for {request.modality}, it takes: {has}")
-        info = await self._engine.until_ready()
+        info = await self._engine.until_ready(route.group)
         if len(request.items) == 1:
             items = [await self._encode_item(request, route, 0, request.items[0])]
         else:
@@ -147,9 +150,16 @@ class Pipeline:
     ) -> EncodedItem:
         """Prepare and forward one item."""
         clock = _StageClock(request, route)
-        info = await self._engine.until_ready()
+        info = await self._engine.until_ready(route.group)
         dim = info.dims[request.modality]
-        job = Job(self._arena, request.modality, request.deadline, client=request.client, reserved=route.express)
+        job = Job(
+            self._arena,
+            request.modality,
+            request.deadline,
+            client=request.client,
+            reserved=route.express,
+            group=route.group,
+        )
         if route.tracing is not None:
             job.trace = recorded_context()
         weighed = expected = 0

@@ -39,7 +39,7 @@ def test_a_signal_that_neither_the_server_nor_the_kernel_sent_came_from_outside(
         forkserver.start()
         keeper = asyncio.create_task(forkserver.run())
         spec = GroupSpec("", 1, "cpu", "float32", "float32", 1)
-        ranks = RankGroup(spec, forkserver, arena, lambda rank, step: None)
+        ranks = RankGroup(spec, forkserver, arena, lambda rank, step: None, lambda rank, text: None)
         try:
             await ranks.start(30)
             forward = asyncio.create_task(ranks.forward(Modality.IMAGE, ()))

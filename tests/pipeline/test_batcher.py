@@ -64,8 +64,8 @@ def test_an_error_that_nobody_foresaw_ends_the_batcher_and_every_job() -> None:
     async def scenario() -> None:
         engine = StandInEngine()
         batcher = Batcher(engine, dict.fromkeys(Modality, 100), Metrics())
-        arena = WatchedArena(1 << 20, engine)
-        d = Desk(engine, batcher, arena, Metrics(), asyncio.create_task(batcher.run()))
+        arena = WatchedArena(1 << 20, [engine])
+        d = Desk([engine], batcher, arena, Metrics(), asyncio.create_task(batcher.run()))
 
         def rule(batch: Batch) -> Done:
             raise RuntimeError("a bug")
@@ -320,9 +320,10 @@ def test_what_is_refused_for_ending_the_ranks_keeps_its_room_until_they_are_gone
         d.engine.recover()
         await settle()
         d.engine.lose()
-        assert await d.ended("poison") == "encode_failed"
+        await settle()
         assert d.arena.used > 0
         d.engine.recover()
+        assert await d.ended("poison") == "encode_failed"
         await settle()
         assert d.arena.used == 0
 
@@ -395,10 +396,10 @@ def test_probes_alone_are_not_traffic() -> None:
     async def scenario(d: Desk) -> None:
         await d.submit("probe", 10, reserved=True)
         await settle()
-        assert (d.batcher.in_flight, d.batcher.traffic_in_flight) == (1, 0)
+        assert (d.batcher.in_flight, d.batcher.works[0].traffic) == (1, 0)
         await d.submit("a", 10)
         await settle()
-        assert (d.batcher.in_flight, d.batcher.traffic_in_flight) == (2, 1)
+        assert (d.batcher.in_flight, d.batcher.works[0].traffic) == (2, 1)
         for batch in d.engine.open:
             batch.end()
         await d.all_ended()
