@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from encode_server.models.transfer import to_device
+
 IMPLEMENTATION = "encode_server_flash_segments"
 
 
@@ -24,7 +26,7 @@ class Segments:
         """`lengths`: tokens of each segment, in order, as they lie in the packed batch."""
         self.lengths = tuple(lengths)
         self.longest = max(self.lengths)
-        self.cu_seqlens = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device)
+        self.cu_seqlens = to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), device)
 
     @cached_property
     def groups(self) -> list[torch.Tensor]:
@@ -34,7 +36,7 @@ class Segments:
             starts.setdefault(length, []).append(start)
         device = self.cu_seqlens.device
         return [
-            torch.tensor(begin, device=device)[:, None] + torch.arange(length, device=device)
+            to_device(torch.tensor(begin), device)[:, None] + torch.arange(length, device=device)
             for length, begin in starts.items()
         ]
 
@@ -78,13 +80,22 @@ def segment_attention(
             return _flash(query, key, value, scaling).transpose(1, 2), None
         output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
         return output.transpose(1, 2), None
-    layout = next((known for known in segments if known.cu_seqlens is cu_seq_lens_q), None)
-    if layout is None:
-        lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-        layout = Segments(lengths, query.device)
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    return attend_packed(q, k, v, layout_of(cu_seq_lens_q, segments), scaling).unsqueeze(0), None
+
+
+def layout_of(cu_seqlens: torch.Tensor, segments: Sequence[Segments]) -> Segments:
+    """The layout of `segments` that has these very boundaries, or a new one, for which the host waits."""
+    known = next((layout for layout in segments if layout.cu_seqlens is cu_seqlens), None)
+    return known or Segments((cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), cu_seqlens.device)
+
+
+def attend_packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, scaling: float | None
+) -> torch.Tensor:
+    """Attention within each segment of a packed batch: [tokens, heads, dim] each, and so the result."""
     attend = _varlen if _has_flash(q) else _grouped
-    return attend(q, k, v, layout, scaling).unsqueeze(0), None
+    return attend(q, k, v, layout, scaling)
 
 
 def _has_flash(q: torch.Tensor) -> bool:
