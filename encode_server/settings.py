@@ -51,6 +51,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's on CUDA, float32 on a CPU without fast bfloat16"
     )
+    flash_attention: Literal["2", "3"] = Field(
+        "2", description="version of FlashAttention on a GPU; 3: a Hopper GPU with the package flash_attn_3 installed"
+    )
 
     # HTTP.
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")

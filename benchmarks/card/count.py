@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks.card.device import EmulatedDevice, emulated
+from benchmarks.card.device import emulated
 from benchmarks.card.ledger import Kind, Launch
 from encode_server.models import fused
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
 from encode_server.models.linear import align_mlps
+from encode_server.models.parallel import shard
 from encode_server.models.resolve import open_directory
 from encode_server.models.rotary import Rotation, rotate
 from encode_server.models.speedups import Speedup, for_device, speed_up
@@ -38,12 +39,15 @@ def count(
     speedups: Collection[Speedup] = frozenset(Speedup),
     triton: bool = True,
     dtype: torch.dtype = torch.bfloat16,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[Launch]:
     """Launches of one forward over `items`. `directory`: a configuration and processors of a family with rules of its
-    own; its weights are not read. `triton`: the container has what Triton needs."""
+    own; its weights are not read. `triton`: the container has what Triton needs. With `world` > 1 torch.distributed's
+    default group must exist, and may be torch's `fake` one."""
     family = family_of(open_directory(directory))
     with emulated(values=False) as device, _rotation(triton):
-        model = _without_weights(family, speedups, dtype, device)
+        model = _without_weights(family, speedups, dtype, rank, world)
         device.ledger.clear()
         with torch.inference_mode():
             family.forward(model, modality, items, CUDA)
@@ -66,7 +70,7 @@ def write_config(config: Any, processors: Mapping[str, Any], directory: Path) ->
 
 
 def _without_weights(
-    family: Family, speedups: Collection[Speedup], dtype: torch.dtype, device: EmulatedDevice
+    family: Family, speedups: Collection[Speedup], dtype: torch.dtype, rank: int, world: int
 ) -> nn.Module:
     with quiet(), torch.device("meta"):
         model_class, config = family.model_class()
@@ -74,17 +78,18 @@ def _without_weights(
     model.eval().requires_grad_(False)
     chosen = for_device(frozenset(speedups) & family.speedups, CUDA, dtype)
     if Speedup.ALIGN in chosen:
-        align_mlps(model, 1)
+        align_mlps(model, world)
+    shard(model, rank=rank, world=world, whole=family.whole)
     speed_up(model, chosen, CUDA)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:
-                    tensors[name] = _placed(tensor, device)  # type: ignore[assignment]
+                    tensors[name] = _placed(tensor)  # type: ignore[assignment]
     return model
 
 
-def _placed(tensor: torch.Tensor, device: EmulatedDevice) -> torch.Tensor:
+def _placed(tensor: torch.Tensor) -> torch.Tensor:
     placed = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
     return nn.Parameter(placed, requires_grad=False) if isinstance(tensor, nn.Parameter) else placed
 

@@ -147,7 +147,11 @@ class EmulatedDevice(TorchDispatchMode):
         if attention is not None:
             flops = 4 * sum(length**2 for length in attention.segments) * attention.heads * attention.width
         shape = tuple(first.shape) if first is not None else ()
-        return Launch(name, Kind.KERNEL, place(), unique_bytes(inputs), written, flops, attention, shape=shape)
+        kind = Kind.COLLECTIVE if name.startswith("c10d.") else Kind.KERNEL
+        if kind is Kind.COLLECTIVE:
+            assert all(value.is_contiguous() for value in inputs), "a collective over memory with gaps"
+            shape = tuple(inputs[0].shape)
+        return Launch(name, kind, place(), unique_bytes(inputs), written, flops, attention, shape=shape)
 
     def _segments(self, args: Any) -> tuple[int, ...]:
         cell = getattr(args[3], "_cell", [None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from encode_server.errors import StartupError
+from encode_server.errors import StartupError, first_line
 
 
 def resolve_device(device: str, rank: int) -> str:
@@ -34,6 +34,25 @@ def resolve_dtype(dtype: str, checkpoint_dtype: str, device: str) -> str:
     if device.startswith("cuda"):
         return checkpoint_dtype
     return checkpoint_dtype if checkpoint_dtype == "bfloat16" and _cpu_has_bfloat16() else "float32"
+
+
+def choose_flash_attention(version: str, device: str) -> None:
+    """Have torch's flash attention run FlashAttention's kernels of `version`, `2` (torch's own) or `3`, on a GPU.
+
+    Raises StartupError where version 3 is not installed, or the GPU is not of the Hopper generation.
+    """
+    if version != "3":
+        return
+    import torch
+    from torch.nn.attention import activate_flash_attention_impl
+
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        raise StartupError(f"--flash-attention 3 needs a Hopper GPU (9.0); {device} is of capability {major}.{minor}")
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise StartupError(f"--flash-attention 3: {first_line(error)}; install the package flash_attn_3") from error
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -66,6 +66,7 @@ class GroupSpec:
     checkpoint_dtype: str
     threads: int
     facts: Facts | None = None
+    flash_attention: str = "2"
 
 
 @dataclass
@@ -208,6 +209,7 @@ class RankGroup:
             threads=spec.threads,
             arena_bytes=self._arena.size,
             facts=spec.facts,
+            flash_attention=spec.flash_attention,
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)

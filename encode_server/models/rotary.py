@@ -53,7 +53,7 @@ def check(rotation: Rotation, device: torch.device) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         qkv = torch.randn(5, 3, 2, 72, generator=generator).to(dtype)
         cos, sin = torch.randn(2, 5, 72, generator=generator)
-        got = qkv.to(device)
+        got = qkv.clone().to(device)
         rotation(got[:, :2], cos.to(device), sin.to(device))
         rotate(qkv[:, :2], cos, sin)
         error = float((got.cpu().float() - qkv.float()).abs().max())

@@ -319,6 +319,7 @@ class Server:
             checkpoint_dtype=found.dtype,
             threads=settings.rank_threads or max(1, usable_cores() // settings.tp),
             facts=found.facts,
+            flash_attention=settings.flash_attention,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         engine = Supervisor(spec, forkserver, self.arena, options, metrics)

@@ -49,7 +49,7 @@ class RankSetup(msgspec.Struct, frozen=True):
 
     `device` and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `threads`: CPU threads of this
     rank. The descriptors of the arena, of `arena_bytes`, and of torch.distributed's FileStore come with the fork.
-    `facts`: what the checkpoint's inspection found.
+    `facts`: what the checkpoint's inspection found. `flash_attention`: version of the kernels on a GPU.
     """
 
     socket: str
@@ -62,6 +62,7 @@ class RankSetup(msgspec.Struct, frozen=True):
     threads: int
     arena_bytes: int
     facts: Facts | None = None
+    flash_attention: str = "2"
 
 
 # Commands, front to rank.
