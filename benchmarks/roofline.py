@@ -47,10 +47,13 @@ class Way:
     flash3: bool = False
 
 
+FUSED = "fused"
+"""The way that a rank takes where Triton works."""
+
 WAYS = (
     Way("transformers' kernels", BEFORE),
     Way("fused, no Triton", triton=False),
-    Way("fused"),
+    Way(FUSED),
     Way("fused, FlashAttention 3", flash3=True),
 )
 
@@ -64,19 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", default="H100", help=f"of {', '.join(CARDS)} [H100]")
     parser.add_argument("--sizes", default=",".join(map(str, SIDES)), help="sides of square images in pixels")
     parser.add_argument("--alone", action="store_true", help="one image at a time, not full batches")
+    parser.add_argument("--way", choices=[way.name for way in WAYS], help="one of the ways to run a tower [all]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
     args = parser.parse_args(argv)
     if args.card not in CARDS:
         print(f"no data sheet of {args.card!r}: take one of {', '.join(CARDS)}", file=sys.stderr)
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    ways = [way for way in WAYS if args.way in (None, way.name)]
     sides = [int(side) for side in args.sizes.split(",")]
     rows: list[dict[str, Any]] = []
     console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as folder:
         directories = {str(args.model): args.model} if args.model else released(Path(folder))
         for name, directory in directories.items():
-            found = tower_rows(name, directory, sides, CARDS[args.card], alone=args.alone)
+            found = tower_rows(name, directory, sides, CARDS[args.card], alone=args.alone, ways=ways)
             console.print(table(name, args.card, found))
             rows += found
     console.print("Predicted from counts and data sheets: no card has run this.")

@@ -113,7 +113,7 @@ class EmulatedDevice(TorchDispatchMode):
                 out = func(*args, **kwargs)
         except DynamicOutputShapeException:
             self.wait(str(func))
-            raise
+            return tree_map(self._known, self._computed(func, args, kwargs))
         changes = func._schema.is_mutable
         is_view = any(value.alias_info is not None for value in func._schema.returns) and not changes
         inputs = [value for value in tree_flatten((args, kwargs))[0] if on_device(value)]
@@ -126,6 +126,15 @@ class EmulatedDevice(TorchDispatchMode):
             self._queue(lambda: self._compute(func, args, kwargs, cells))
             return out if not outputs else kwargs.get("out", args[0])
         return self._filled(out, lambda: self._compute(func, args, kwargs, cells))
+
+    def _known(self, value: Any) -> Any:
+        """A tensor of the device whose value, a CPU tensor, is known already."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        with self._fake:
+            out: Any = torch.empty(value.shape, dtype=value.dtype, device="cuda:0")
+        out._cell = [value]
+        return out
 
     def _launch(self, name: str, args: Any, inputs: Any, outputs: Any, schema: Any) -> Launch:
         first = outputs[0] if outputs else None

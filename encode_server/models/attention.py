@@ -17,6 +17,7 @@ from torch.nn import functional
 from encode_server.models.transfer import to_device
 
 IMPLEMENTATION = "encode_server_flash_segments"
+_LAYOUT = "_encode_server_layout"
 
 
 class Segments:
@@ -85,9 +86,17 @@ def segment_attention(
 
 
 def layout_of(cu_seqlens: torch.Tensor, segments: Sequence[Segments]) -> Segments:
-    """The layout of `segments` that has these very boundaries, or a new one, for which the host waits."""
-    known = next((layout for layout in segments if layout.cu_seqlens is cu_seqlens), None)
-    return known or Segments((cu_seqlens[1:] - cu_seqlens[:-1]).tolist(), cu_seqlens.device)
+    """The layout of `segments` that has these very boundaries, or a new one, for which the host waits.
+
+    A new layout stays with its boundaries, so that a tower whose family makes none waits in its first layer alone.
+    """
+    for known in segments:
+        if known.cu_seqlens is cu_seqlens:
+            return known
+    if not hasattr(cu_seqlens, _LAYOUT):
+        setattr(cu_seqlens, _LAYOUT, Segments(cu_seqlens.diff().tolist(), cu_seqlens.device))
+    layout: Segments = getattr(cu_seqlens, _LAYOUT)
+    return layout
 
 
 def attend_packed(
