@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's on CUDA, float32 on a CPU without fast bfloat16"
     )
+    flash_attention: Literal["2", "3"] = Field(
+        "2", description="version of FlashAttention on a GPU; 3: a Hopper GPU with the package flash_attn_3 installed"
+    )
 
     tf32: bool = Field(
         False,

@@ -83,13 +83,6 @@ def use(device: str) -> None:
     torch.accelerator.set_device_index(torch.device(device))
 
 
-def synchronize_stream(device: str) -> None:
-    """Wait until the device has done what this thread asked of it."""
-    import torch
-
-    torch.accelerator.current_stream(torch.device(device)).synchronize()
-
-
 def recover(device: str) -> None:
     """After a failed forward: wait until nothing of the forward runs, and give its memory back. Raises what the device
     raises when its context is broken."""
@@ -97,14 +90,6 @@ def recover(device: str) -> None:
 
     torch.accelerator.synchronize(torch.device(device))
     torch.accelerator.empty_cache()
-
-
-def own_stream(device: str) -> None:
-    """Give this thread a stream of its own, and the device with it."""
-    import torch
-
-    torch.accelerator.set_device_index(torch.device(device))
-    torch.accelerator.set_stream(torch.Stream(torch.device(device)))
 
 
 def choose_precision(dtype: str, *, tf32: bool) -> str:
@@ -134,6 +119,25 @@ def little_shared_memory(folder: Path = Path("/dev/shm")) -> str | None:
         if nbytes < LEAST_SHARED:
             return f"{folder} has {nbytes >> 20} MiB, and NCCL may need {LEAST_SHARED >> 20}: see docs/operations.md"
     return None
+
+
+def choose_flash_attention(version: str, device: str) -> None:
+    """Have torch's flash attention run FlashAttention's kernels of `version`, `2` (torch's own) or `3`, on a GPU.
+
+    Raises StartupError where version 3 is not installed, or the GPU is not of the Hopper generation.
+    """
+    if version != "3":
+        return
+    import torch
+    from torch.nn.attention import activate_flash_attention_impl
+
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != 9:
+        raise StartupError(f"--flash-attention 3 needs a Hopper GPU (9.0); {device} is of capability {major}.{minor}")
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise StartupError(f"--flash-attention 3: {first_line(error)}; install the package flash_attn_3") from error
 
 
 def _cpu_has_bfloat16() -> bool:

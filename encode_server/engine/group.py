@@ -72,6 +72,7 @@ class GroupSpec:
     threads: int
     facts: Facts | None = None
     tf32: bool = False
+    flash_attention: str = "2"
     index: int = 0
     groups: int = 1
 
@@ -248,6 +249,7 @@ class RankGroup:
             device_index=spec.index * spec.world + index,
             devices=spec.groups * spec.world,
             tf32=spec.tf32,
+            flash_attention=spec.flash_attention,
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)

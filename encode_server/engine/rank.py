@@ -24,6 +24,7 @@ import zmq
 
 from encode_server.engine import device as devices
 from encode_server.engine.device import resolve_device, resolve_dtype
+from encode_server.engine.lane import Lane
 from encode_server.engine.profiler import Profiler
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError, first_line
@@ -35,7 +36,7 @@ from encode_server.wire import ranks as m
 NICE = 5  # of a rank on a CPU: the front runs rarely and briefly on the same cores, but must run immediately
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
 ON_A_CPU = 8  # most concurrent batches: beyond that, Python's own part of a forward, one thread at a time, counts
-ON_A_GPU = 2  # concurrent batches: while one computes, the other is copied in and out
+ON_A_GPU = 2  # batches in progress: while one computes, the other is launched, and its embeddings are copied out
 
 
 class TensorStore:
@@ -76,6 +77,7 @@ class Worker:
 
     def __init__(self, encoder: Encoder, store: TensorStore, rank: int) -> None:
         self._encoder, self._store, self._rank = encoder, store, rank
+        self._lane = None if encoder.info.device == "cpu" else Lane(encoder.info.device)
 
     @property
     def info(self) -> m.EncoderInfo:
@@ -101,30 +103,33 @@ class Worker:
 
     def _attempt(self, command: m.Forward) -> m.Done:
         try:
-            started = time.perf_counter()
             items = [{ref.name: self._store.tensor(ref) for ref in item.inputs} for item in command.items]
-            embeddings = self._encoder.forward(command.modality, items)
-            self._synchronize()
-            forward_s = time.perf_counter() - started
-            if self._rank == 0:
-                self._write(command, embeddings)
-                self._synchronize()
+            forward = partial(self._encoder.forward, command.modality, items)
+            write = partial(self._write, command)
+            forward_s = _run_here(forward, write) if self._lane is None else self._lane.run(forward, write)
         except Exception as error:
             done = m.Done(self._rank, command.seq, _one_line(error), devices.is_out_of_memory(error))
             let_go(error)
             return done
         return m.Done(self._rank, command.seq, forward_s=forward_s)
 
-    def _synchronize(self) -> None:
-        """Wait until the device has done what this thread asked of it."""
-        if self._encoder.info.device != "cpu":
-            devices.synchronize_stream(self._encoder.info.device)
-
     def _write(self, command: m.Forward, embeddings: list[torch.Tensor]) -> None:
+        """Queue the copies of the embeddings into the arena, on rank 0."""
+        if self._rank != 0:
+            return
         for item, embedding in zip(command.items, embeddings, strict=True):
             if tuple(embedding.shape) != item.output.shape:
                 raise ValueError(f"embedding of shape {tuple(embedding.shape)}, expected {item.output.shape}")
             self._store.tensor(item.output).copy_(embedding, non_blocking=True)
+
+
+def _run_here(forward: Callable[[], list[torch.Tensor]], write: Callable[[list[torch.Tensor]], None]) -> float:
+    """As `Lane.run`, on a CPU."""
+    started = time.perf_counter()
+    embeddings = forward()
+    forward_s = time.perf_counter() - started
+    write(embeddings)
+    return forward_s
 
 
 def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threads: SideBySide | None) -> None:
@@ -168,6 +173,7 @@ def load(
         progress(devices.choose_precision(dtype, tf32=setup.tf32))
         if setup.world > 1 and (little := devices.little_shared_memory()) is not None:
             warn(little)
+        devices.choose_flash_attention(setup.flash_attention, device)
     if setup.world > 1:
         progress("joining the group")
         # A FileStore on the inherited memfd: torch's TCPStore would let any local user join, and a file could leak.
@@ -212,12 +218,7 @@ def _side_by_side(info: m.EncoderInfo, cores: int) -> Iterator[SideBySide | None
     if info.at_once == 1:
         yield None
         return
-
-    def own_stream() -> None:
-        if info.device != "cpu":
-            devices.own_stream(info.device)
-
-    threads = SideBySide(info.at_once, cores, own_stream)
+    threads = SideBySide(info.at_once, cores)
     try:
         yield threads
     finally:

@@ -19,7 +19,7 @@ from encode_server.models.parallel import shard
 from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import check_tp, known, summarize
 from encode_server.models.resolve import open_directory
-from encode_server.models.speedups import Speedup, speed_up
+from encode_server.models.speedups import Speedup, for_device, speed_up
 from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
 from encode_server.wire.ranks import EncoderInfo
@@ -70,11 +70,11 @@ def load_encoder(
         family.facts = facts or discover(family, world)
     model: Any = family.load(DTYPES[dtype])
     target = torch.device(device)
-    speedups = family.speedups
-    if target.type == "cuda" and Speedup.ALIGN in speedups:
+    speedups = for_device(family.speedups, target, DTYPES[dtype])
+    if Speedup.ALIGN in speedups:
         align_mlps(model, world)
     shard(model, rank=rank, world=world, whole=family.whole)
-    speed_up(model, speedups - {Speedup.PACK})
+    speed_up(model, speedups - {Speedup.PACK}, target)
     model = model.to(target)
     info = EncoderInfo(
         model_type=checkpoint.model_type,
@@ -83,6 +83,5 @@ def load_encoder(
         device=device,
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
     )
-    if target.type == "cpu":
-        speed_up(model, speedups & {Speedup.PACK})
+    speed_up(model, speedups & {Speedup.PACK})
     return Encoder(family, model, target, info)

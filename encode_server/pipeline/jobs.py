@@ -28,8 +28,8 @@ class Work:
 class Piece:
     """What goes into a batch: an item, or a part of a large one. `cost` and `pairs`: see `models.prepared.Prepared`.
     `losses`: how often the ranks were lost while they executed the piece; `kills`: how often of these it was alone, and
-    somebody outside of the server seemed to have ended or stopped a rank. `failures`: how often a group answered a forward
-    of the piece alone with an error."""
+    somebody outside of the server seemed to have ended or stopped a rank. `failures`: how often a group answered a
+    forward of the piece alone with an error."""
 
     job: Job
     item: ItemRef

@@ -325,6 +325,7 @@ class Server:
             facts=found.facts,
             tf32=settings.tf32,
             groups=settings.dp,
+            flash_attention=settings.flash_attention,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
         engine = RankGroups(spec, forkserver, self.arena, options, metrics, self._prove)

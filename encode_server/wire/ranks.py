@@ -49,8 +49,9 @@ class RankSetup(msgspec.Struct, frozen=True):
 
     `device_index`: which of the host's GPUs is this rank's, of the `devices` that all groups of ranks need. `device`
     and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `tf32`: whether a GPU may multiply
-    float32 matrices in TF32. `threads`: CPU threads of this rank. The descriptors of the arena, of `arena_bytes`, and
-    of torch.distributed's FileStore come with the fork. `facts`: what the checkpoint's inspection found.
+    float32 matrices in TF32. `flash_attention`: version of the kernels on a GPU. `threads`: CPU threads of this rank.
+    The descriptors of the arena, of `arena_bytes`, and of torch.distributed's FileStore come with the fork. `facts`:
+    what the checkpoint's inspection found.
     """
 
     socket: str
@@ -66,6 +67,7 @@ class RankSetup(msgspec.Struct, frozen=True):
     device_index: int = 0
     devices: int = 1
     tf32: bool = False
+    flash_attention: str = "2"
 
 
 # Commands, front to rank.

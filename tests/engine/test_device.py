@@ -161,6 +161,13 @@ def test_other_errors_do_not_split_batches(error: Exception) -> None:
     assert not is_out_of_memory(error)
 
 
+@pytest.fixture
+def no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of a device that is not there, which runs a forward where it is called."""
+    lane = SimpleNamespace(run=lambda forward, write: forward())
+    monkeypatch.setattr("encode_server.engine.rank.Lane", lambda device: lane)
+
+
 class FailingEncoder:
     """Raises, with an activation in a layer's variables."""
 
@@ -176,6 +183,7 @@ class FailingEncoder:
         raise self._error
 
 
+@pytest.mark.usefixtures("no_lane")
 @pytest.mark.parametrize("error", [*MEMORY[:3], OTHER[2]], ids=lambda error: str(error)[:30])
 def test_memory_is_given_back_when_nothing_holds_the_activations(
     error: Exception, monkeypatch: pytest.MonkeyPatch
@@ -190,6 +198,7 @@ def test_memory_is_given_back_when_nothing_holds_the_activations(
     assert held == [None]
 
 
+@pytest.mark.usefixtures("no_lane")
 def test_a_broken_context_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     def recover(device: str) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
