@@ -57,7 +57,7 @@ def load_encoder(
 
     Raises:
         StartupError: unsupported or incomplete checkpoint, an encoder that is itself quantised, or a `world` that does
-            not divide the attention heads.
+            not divide the attention heads of a family with rules of its own.
     """
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

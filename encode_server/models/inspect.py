@@ -39,8 +39,8 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
 
     Raises:
         StartupError: unknown model, missing or unreadable files, an unsupported architecture, an encoder that is
-            itself quantised, or a `tp` that does not divide the attention heads. The message is one line for the
-            operator.
+            itself quantised, or a `tp` that does not divide the attention heads of a family with rules of its own (in
+            other families such heads stay whole). The message is one line for the operator.
     """
     from encode_server.media.samples import probe_media
     from encode_server.models.families import family_of

@@ -33,10 +33,15 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
     path = Path(model).expanduser()
     if path.is_dir():
         return open_directory(path, name=model)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+    if names_a_path(model):
         raise StartupError(f"model {model!r}: no such directory")
     snapshot = _download(model, revision)
     return open_directory(snapshot, name=model, revision=snapshot.name)
+
+
+def names_a_path(model: str) -> bool:
+    """Whether `model` can only be a path, because no hub id looks like it. A relative path may look like a hub id."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
 def open_directory(path: Path, *, name: str | None = None, revision: str = "") -> Checkpoint:
