@@ -167,8 +167,22 @@ def _thinker_config() -> Any:
 def _thinker(directory: Path) -> None:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+    from tests.models.families.parts import tokenizer
+
     processors = _qwen_processors(do_sample_frames=True, fps=2) | _extractor(32, chunk_length=10)
     _save(Qwen2_5OmniThinkerForConditionalGeneration(_thinker_config()), directory, processors)
+    tokenizer(
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        audio_token="<|audio_pad|>",
+        vision_bos_token="<|vision_start|>",
+        vision_eos_token="<|vision_end|>",
+        audio_bos_token="<boa>",
+        audio_eos_token="<eoa>",
+    ).save_pretrained(directory)
+    config = json.loads((directory / "processor_config.json").read_text())
+    config["processor_class"] = "Qwen2_5OmniProcessor"
+    (directory / "processor_config.json").write_text(json.dumps(config))
 
 
 def _omni(directory: Path) -> None:

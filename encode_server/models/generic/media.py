@@ -14,9 +14,13 @@ from encode_server.errors import StartupError, first_line
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.generic import windows
 from encode_server.models.generic.classes import ModelClass
+from encode_server.models.processors import class_defaults, settle
 from encode_server.wire.modality import Modality
 
-_ARGUMENT = {Modality.IMAGE: "images", Modality.VIDEO: "videos", Modality.AUDIO: "audio"}
+_MEDIA = {Modality.IMAGE: "images", Modality.VIDEO: "videos", Modality.AUDIO: "audio"}
+"""Names of a processor's arguments for the media."""
+_KWARGS = {Modality.IMAGE: "images_kwargs", Modality.VIDEO: "videos_kwargs", Modality.AUDIO: "audio_kwargs"}
+"""Names of its arguments for options."""
 _PARTS = {
     Modality.IMAGE: ("image_processor",),
     Modality.VIDEO: ("video_processor",),
@@ -60,6 +64,9 @@ class MediaProcessor:
         self._processor = load_processor(checkpoint)
         self._config = found.config
         self._taken = {modality: found.names(modality) for modality in Modality}
+        for modality in Modality:
+            if (part := self.part(modality)) is not None:
+                settle(part, class_defaults(type(self._processor), modality))
         _serialise(self._processor)
 
     def part(self, modality: Modality) -> Any:
@@ -68,10 +75,6 @@ class MediaProcessor:
             if (part := getattr(self._processor, name, None)) is not None:
                 return part
         return None
-
-    def defaults(self, modality: Modality) -> dict[str, Any]:
-        """What the processor's class sets for its part, over the part's own settings."""
-        return dict(getattr(type(self._processor), f"{_ARGUMENT[modality].removesuffix('s')}s_kwargs", {}))
 
     def __call__(self, modality: Modality, media: Any, options: Mapping[str, Any]) -> Processed:
         """`media`: an RGB image, frames uint8 [n, height, width, 3], or mono samples float32 at the extractor's rate.
@@ -91,9 +94,7 @@ class MediaProcessor:
             try:
                 output = self._processor(
                     text=[text],
-                    **{_ARGUMENT[modality]: [media], f"{_ARGUMENT[modality].removesuffix('s')}s_kwargs": dict(options)}
-                    if modality is not Modality.AUDIO
-                    else {"audio": [media], "audio_kwargs": dict(options)},
+                    **{_MEDIA[modality]: [media], _KWARGS[modality]: dict(options)},
                     return_tensors="pt",
                 )
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, StopIteration) as error:
