@@ -264,10 +264,22 @@ def _siglip_vision(directory: Path) -> None:
     _save(SiglipVisionModel(SiglipVisionConfig(**_tower())), directory, {"image_processor": processor})
 
 
+def _siglip_headless(directory: Path) -> None:
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    processor = SiglipImageProcessor(size={"height": 56, "width": 56})
+    config = SiglipVisionConfig(**_tower(), vision_use_head=False)
+    _save(SiglipVisionModel(config), directory, {"image_processor": processor})
+    # As language models' checkpoints have it: the setting is left out, and so is the head.
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("vision_use_head")
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def _clip(directory: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    config = CLIPConfig(vision_config=_tower(), text_config=_small_text())
+    config = CLIPConfig(vision_config=_tower(), text_config=_small_text(), projection_dim=40)
     processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     _save(CLIPModel(config), directory, {"image_processor": processor})
 
@@ -277,6 +289,14 @@ def _clip_vision(directory: Path) -> None:
 
     processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     _save(CLIPVisionModel(CLIPVisionConfig(**_tower())), directory, {"image_processor": processor})
+
+
+def _clip_projection(directory: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**_tower(projection_dim=24)))
+    _save(model, directory, {"image_processor": processor})
 
 
 def _dinov2(directory: Path) -> None:
@@ -312,7 +332,9 @@ BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "whisper": _whisper,
     "siglip": _siglip,
     "siglip_vision_model": _siglip_vision,
+    "siglip_headless": _siglip_headless,
     "clip": _clip,
+    "clip_projection": _clip_projection,
     "clip_vision_model": _clip_vision,
     "dinov2": _dinov2,
 }

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 from python_multipart.multipart import parse_options_header
@@ -21,6 +22,9 @@ from encode_server.runtime.charge import Charge
 from encode_server.runtime.pools import Pace, run, run_sized
 from encode_server.service.caller import Ask
 from encode_server.wire.items import ItemOptions
+from encode_server.wire.pools import Pool
+
+T = TypeVar("T")
 
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
 COUNTED = 1 << 20  # bytes
@@ -54,11 +58,10 @@ async def read_encode(request: Request, pool: Executor, limits: BodyLimits, char
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         body, media = await _read_form(request, pool, limits, charge)
-        _check_count(len(media), max_items)
+        check_count(len(media), max_items)
         return _ask(body, media)
-    raw = await read_all(request, max_bytes, limits.least_rate, charge)
-    body = await run_sized(pool, Pace.JSON, len(raw), _decode, raw)
-    _check_count(len(body.mm_items), max_items)
+    body = await read_json(request, pool, limits, charge, EncodeBody)
+    check_count(len(body.mm_items), max_items)
     return _ask(body, [_media_item(item) for item in body.mm_items])
 
 
@@ -75,19 +78,30 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         cached=body.delivery == "cache",
         frames=body.frames,
         timeout_s=body.timeout_s,
+        model=body.model,
+        pool=None if body.pool is None else Pool(body.pool),
     )
 
 
-def _decode(raw: bytearray) -> EncodeBody:
+async def read_json(request: Request, pool: Executor, limits: BodyLimits, charge: Charge, kind: type[T]) -> T:
+    """The JSON body as `kind`. Raises as `read_encode` does."""
+    if declared_length(request) > limits.max_bytes:
+        raise TooLarge(f"the body has {declared_length(request)} bytes, at most {limits.max_bytes} are taken")
+    raw = await read_all(request, limits.max_bytes, limits.least_rate, charge)
+    return await run_sized(pool, Pace.JSON, len(raw), _decode, raw, kind)
+
+
+def _decode(raw: bytearray, kind: type[T]) -> T:
     # In steps: each holds the interpreter until it returns, and the loop waits for the interpreter.
     if sum(raw.count(b",", at, at + COUNTED) for at in range(0, len(raw), COUNTED)) > MAX_VALUES:
         raise BadRequest(f"the body holds more than {MAX_VALUES} values")
-    return from_json(raw, EncodeBody)
+    return from_json(raw, kind)
 
 
-def _check_count(items: int, most: int) -> None:
+def check_count(items: int, most: int, field: str = "mm_items") -> None:
+    """Raise BadRequest for more than `most` items in `field`."""
     if items > most:
-        raise BadRequest(f"mm_items holds {items} items, at most {most} are taken")
+        raise BadRequest(f"{field} holds {items} items, at most {most} are taken")
 
 
 def _media_item(item: str | ItemBody) -> MediaItem:
