@@ -145,6 +145,9 @@ class Settings(BaseSettings):
         "`off`; `public` keeps the public internet beside them",
     )
     media_roots: CommaList = Field((), description="directories below which file:// media is read; empty: none")
+    image_alpha: Literal["drop", "white"] = Field(
+        "drop", description="transparent images: drop the alpha channel (transformers, SGLang), or lay on white (vLLM)"
+    )
     media_formats: Literal["common", "all"] = Field(
         "common", description="image formats that are decoded; all: also those that are slow or rare"
     )

@@ -464,4 +464,5 @@ def media_limits(settings: Settings) -> MediaLimits:
         decode_seconds=settings.decode_s,
         fetch_seconds=settings.fetch_s,
         slow_formats=settings.media_formats == "all",
+        white_behind=settings.image_alpha == "white",
     )
