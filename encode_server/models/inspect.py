@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from encode_server.errors import StartupError
+from encode_server.errors import StartupError, first_line
 from encode_server.models.checkpoint import read_json
 from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import ARCHITECTURES, check_tp, known, stored_dtype, summarize
@@ -64,7 +64,15 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
         family = Generic(checkpoint)
         check_unquantised(checkpoint)
         check_tensors(family)
-        facts = discover(family, tp)
+        try:
+            facts = discover(family, tp)
+        except StartupError:
+            raise
+        except Exception as error:  # Of any model and processor class that transformers has.
+            raise StartupError(
+                f"model {checkpoint.name!r}: {family.found.cls.__name__} cannot be run: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
         modalities, dtype = sorted(facts.modalities), stored_dtype(checkpoint, ())
     return Inspection(
         path=str(checkpoint.path),

@@ -90,7 +90,7 @@ def _matching(pattern: re.Pattern[str], keys: Iterable[str]) -> dict[str, str]:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
         LocalEntryNotFoundError,
@@ -102,7 +102,9 @@ def _download(model: str, revision: str | None) -> Path:
         path = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
         checkpoint = Checkpoint(path, unquantised(read_json(path / "config.json", model)), model, chooser())
         shards = indexed_shards(checkpoint) or ["*.safetensors"]
-        return Path(snapshot_download(model, revision=path.name, allow_patterns=shards))
+        # huggingface_hub before 2.0 asks the hub for the files of a commit, offline or not.
+        offline = bool(constants.HF_HUB_OFFLINE)
+        return Path(snapshot_download(model, revision=path.name, allow_patterns=shards, local_files_only=offline))
     except HFValidationError as error:
         raise StartupError(f"model {model!r} is neither a directory nor a valid hub id") from error
     except RevisionNotFoundError as error:

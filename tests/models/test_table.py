@@ -9,20 +9,24 @@ import transformers
 
 from encode_server.cli import main
 from encode_server.errors import StartupError
+from encode_server.models.generic.classes import placeholders
+from encode_server.models.inspect import inspect
 from encode_server.models.registry import ARCHITECTURES
 from encode_server.models.report import report
 from encode_server.models.table import as_markdown, supported, unsupported
-from encode_server.models.tested import TESTED
+from encode_server.models.tested import NOTHING_RECEIVES, SURVEYED, TESTED
+from encode_server.wire.checkpoint import Proof
+from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
+from tests.models import survey
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 
 
 def test_the_page_is_what_the_installed_transformers_gives() -> None:
-    page = PAGE.read_text()
-    if f"transformers {transformers.__version__};" not in page:
+    if not _of_this_release():
         pytest.skip("docs/models.md describes another release of transformers")
-    assert page == as_markdown()
+    assert PAGE.read_text() == as_markdown()
 
 
 def test_every_model_type_is_either_served_or_refused() -> None:
@@ -31,7 +35,32 @@ def test_every_model_type_is_either_served_or_refused() -> None:
     served = {row.model_type for row in supported()}
     assert served | set(unsupported()) == {*CONFIG_MAPPING_NAMES, *ARCHITECTURES} - {"EvollaModel"}
     assert not served & set(unsupported())
-    assert {*TESTED, *ARCHITECTURES} <= served
+    if _of_this_release():
+        assert {*TESTED, *SURVEYED, *ARCHITECTURES} <= served
+
+
+def test_what_nothing_receives_is_refused_by_its_configuration() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    for name in NOTHING_RECEIVES & set(CONFIG_MAPPING_NAMES):
+        assert not [kind for kind in Modality if placeholders(CONFIG_MAPPING[name](), kind)], name
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name != "vipllava" else ()) for name in SURVEYED]
+)
+def test_what_was_surveyed_works(name: str, tmp_path: Path) -> None:
+    if not _of_this_release():
+        pytest.skip("docs/models.md describes another release of transformers")
+    survey.build(name, tmp_path / name)
+    facts = inspect((str(tmp_path / name), None, 2)).facts
+    assert facts is not None
+    assert {kind: one.batching for kind, one in facts.modalities.items()} == SURVEYED[name]
+    assert {one.proof for one in facts.modalities.values()} == {Proof.RECEIVED}
+
+
+def _of_this_release() -> bool:
+    return f"transformers {transformers.__version__};" in PAGE.read_text()
 
 
 def test_a_report_counts_what_serving_would_take(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
