@@ -72,6 +72,23 @@ def test_a_report_counts_what_serving_would_take(checkpoints: Checkpoints, capsy
     assert any(line.startswith("reads") and " of " in line for line in lines)
 
 
+def test_a_report_counts_the_tokens_of_clips_and_audio(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(checkpoints.path("qwen2_5_omni_thinker"))
+    assert main(["inspect", path, "--image", "56x56", "--clip", "364x364x2", "--audio", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 4 frames, 2 to a patch in time; 13 x 13 tokens each
+    assert "tokens       338 for a clip of 364x364x2 s" in lines
+    assert "tokens       50 for 2 s of audio" in lines
+
+
+@pytest.mark.parametrize(("name", "message"), [("clips", "no size of a clip"), ("audios", "no length of audio")])
+def test_a_length_that_is_none_is_one_line(checkpoints: Checkpoints, name: str, message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        report(str(checkpoints.path("qwen2_5_omni_thinker")), None, sizes=(), **{name: ("x",)})
+
+
 def test_a_size_that_is_none_is_one_line(checkpoints: Checkpoints) -> None:
     with pytest.raises(StartupError, match="'12' is no size of an image"):
         report(str(checkpoints.path("qwen2_5_vl")), None, ("12",))
