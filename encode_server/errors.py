@@ -64,6 +64,12 @@ class Forbidden(EncodeError):
     status, code = 403, "forbidden"
 
 
+class UnknownModel(EncodeError):
+    """A model of another name than this server's."""
+
+    status, code = 404, "unknown_model"
+
+
 class TooSlow(EncodeError):
     """The body arrives more slowly than the least rate."""
 

@@ -43,6 +43,10 @@ class Settings(BaseSettings):
 
     # What is served, and on what.
     model: str = Field("demo", description="checkpoint: a directory, a hub id, or `demo` (small, random weights)")
+    served_model_name: CommaList = Field(
+        (),
+        description="names by which requests may call the model; answers have the first; none: what `--model` says",
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     tp: int = Field(1, ge=1, le=64, description="tensor-parallel ranks, one device each")
     dp: int = Field(1, ge=1, le=64, description="groups of --tp ranks side by side, each with the whole encoder")
@@ -150,6 +154,9 @@ class Settings(BaseSettings):
         "`off`; `public` keeps the public internet beside them",
     )
     media_roots: CommaList = Field((), description="directories below which file:// media is read; empty: none")
+    image_alpha: Literal["drop", "white"] = Field(
+        "drop", description="transparent images: drop the alpha channel (transformers, SGLang), or lay on white (vLLM)"
+    )
     media_formats: Literal["common", "all"] = Field(
         "common", description="image formats that are decoded; all: also those that are slow or rare"
     )
@@ -218,7 +225,10 @@ class Settings(BaseSettings):
         "off", description="spans of requests and their stages; otlp: sent as OpenTelemetry's OTEL_* variables say"
     )
 
-    @field_validator("media_allow", "media_roots", "destination_allow", "api_keys", "register_url", mode="before")
+    @field_validator(
+        *("media_allow", "media_roots", "destination_allow", "api_keys", "served_model_name", "register_url"),
+        mode="before",
+    )
     @classmethod
     def _split_commas(cls, value: Any, field: ValidationInfo) -> Any:
         parts = value.split(",") if isinstance(value, str) else value

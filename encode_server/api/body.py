@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 from python_multipart.multipart import parse_options_header
@@ -22,6 +25,10 @@ from encode_server.runtime.outline import Outline, OutlineLimits, outline
 from encode_server.runtime.pools import Pace, run, run_sized
 from encode_server.service.caller import Ask
 from encode_server.wire.items import ItemOptions
+from encode_server.wire.pools import Pool
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
 JSON_BYTES = 1 << 20  # of a JSON body beside its media: decoding them holds the interpreter for some milliseconds
@@ -55,21 +62,18 @@ async def read_encode(request: Request, pool: Executor, limits: BodyLimits, char
     Raises BadRequest when it is malformed or holds more items than `limits` say, TooLarge above their bytes (before
     reading on), TooSlow, TooBusy, CallerGone.
     """
-    max_bytes, max_items = limits.max_bytes, limits.max_items
-    if declared_length(request) > max_bytes:
-        raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
+    max_items = limits.max_items
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
+        check_length(request, limits.max_bytes)
         body, media = await _read_form(request, pool, limits, charge)
-        _check_count(len(media), max_items)
+        check_count(len(media), max_items)
         return _ask(body, media)
-    raw = await read_all(request, max_bytes, limits.least_rate, charge)
-    return await run_sized(pool, Pace.JSON, len(raw), _decode, raw, max_items)
+    return await read_json(request, pool, limits, charge, EncodeBody, partial(_from_document, max_items))
 
 
-def _decode(raw: bytearray, max_items: int) -> Ask:
-    found = outline(raw, EncodeBody, json_limits(max_items))
-    _check_count(len(found.body.mm_items), max_items)
+def _from_document(max_items: int, found: Outline[EncodeBody]) -> Ask:
+    check_count(len(found.body.mm_items), max_items)
     return _ask(found.body, [_media_item(item, found) for item in found.body.mm_items])
 
 
@@ -86,12 +90,35 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         cached=body.delivery == "cache",
         frames=body.frames,
         timeout_s=body.timeout_s,
+        model=body.model,
+        pool=None if body.pool is None else Pool(body.pool),
     )
 
 
-def _check_count(items: int, most: int) -> None:
+async def read_json(
+    request: Request,
+    pool: Executor,
+    limits: BodyLimits,
+    charge: Charge,
+    kind: type[T],
+    then: Callable[[Outline[T]], R],
+) -> R:
+    """What `then`, in a thread of the pool, makes of the JSON body as `kind`. Raises as `read_encode` does."""
+    check_length(request, limits.max_bytes)
+    raw = await read_all(request, limits.max_bytes, limits.least_rate, charge)
+    return await run_sized(pool, Pace.JSON, len(raw), lambda: then(outline(raw, kind, json_limits(limits.max_items))))
+
+
+def check_length(request: Request, max_bytes: int) -> None:
+    """Raise TooLarge for a body that says that it is larger than `max_bytes`."""
+    if declared_length(request) > max_bytes:
+        raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
+
+
+def check_count(items: int, most: int, field: str = "mm_items") -> None:
+    """Raise BadRequest for more than `most` items in `field`."""
     if items > most:
-        raise BadRequest(f"mm_items holds {items} items, at most {most} are taken")
+        raise BadRequest(f"{field} holds {items} items, at most {most} are taken")
 
 
 def _media_item(item: str | ItemBody, found: Outline[EncodeBody]) -> MediaItem:

@@ -49,8 +49,10 @@ class _File(BytesIO):
 def decode_image(data: bytes, limits: MediaLimits) -> Image.Image:
     """Decode the first image of `data`, upright (EXIF orientation applied), as mode RGB.
 
-    The result is what `transformers.image_utils.load_image` gives. Width and height are checked before any pixel is
-    decoded. Pillow's own bound of 178 million pixels holds beside `limits.max_pixels`.
+    The result is what `transformers.image_utils.load_image` gives, or, where the limits say `white_behind`, what vLLM
+    gives: an image with transparency laid on white. docs/media.md says what that means for each kind of image. Width
+    and height are checked before any pixel is decoded. Pillow's own bound of 178 million pixels holds beside
+    `limits.max_pixels`.
 
     Raises `BadMedia` for bytes that are no complete image of a format in `FORMATS` (or `SLOW_FORMATS`, where the limits
     allow them), `TooLarge` beyond a limit.
@@ -74,7 +76,19 @@ def _decode(data: bytes, limits: MediaLimits) -> Image.Image:
     with _open(data, limits) as image:
         # In place, and without a conversion from RGB to RGB: both would copy all pixels.
         ImageOps.exif_transpose(image, in_place=True)
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode == "RGB":
+            return image
+        if limits.white_behind and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+            return _on_white(image)
+        return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, (255, 255, 255))
+    white.paste(image, mask=image.getchannel("A"))
+    return white
 
 
 def _open(data: bytes, limits: MediaLimits) -> ImageFile.ImageFile:

@@ -26,6 +26,7 @@ class MediaLimits:
     their frames, seconds and decoded bytes are bounded instead.
     `decode_seconds`: time for one decode, checked between frames or blocks.
     `slow_formats`: whether image formats are decoded that are slow or rare, see `image.SLOW_FORMATS`.
+    `white_behind`: whether transparent images are laid on white, see `image.decode_image`.
     `redirects`: redirects followed for one URL. `fetch_seconds`: time for one URL, from name resolution to last byte.
     """
 
@@ -40,6 +41,7 @@ class MediaLimits:
     ratio_floor_bytes: int = 64 * _MIB
     decode_seconds: float = 30.0
     slow_formats: bool = False
+    white_behind: bool = False
     redirects: int = 5
     fetch_seconds: float = 20.0
 

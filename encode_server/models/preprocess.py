@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from encode_server.errors import BadMedia, BadRequest, TooLarge, UnsupportedModality, first_line
 from encode_server.media.limits import MediaLimits
@@ -16,6 +19,7 @@ from encode_server.models.families import family_of
 from encode_server.models.prepared import Prepared
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import POOLED, POOLED_TOKENS, Pool
 
 
 class Preprocessor:
@@ -55,10 +59,12 @@ class Preprocessor:
         options = options or ItemOptions()
         self._check(modality, options)
         if modality is Modality.IMAGE:
-            return self._image(data, options, on_decoded)
-        if modality is Modality.VIDEO:
-            return self._video(data, options, on_decoded)
-        return self._audio(data, on_decoded)
+            prepared = self._image(data, options, on_decoded)
+        elif modality is Modality.VIDEO:
+            prepared = self._video(data, options, on_decoded)
+        else:
+            prepared = self._audio(data, on_decoded)
+        return prepared if options.pool is not Pool.MODEL else _pooled(prepared)
 
     def decoded_bytes(self, modality: Modality, data: bytes, options: ItemOptions) -> int:
         """The most bytes that decoding the item holds at any moment beside `data` itself, from its header alone.
@@ -83,7 +89,7 @@ class Preprocessor:
 
     def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
         """Pieces of a large item that can be encoded apart, see `Family.split`."""
-        return self._family.split(prepared, max_cost)
+        return [prepared] if POOLED in prepared.tensors else self._family.split(prepared, max_cost)
 
     def probe(self, modality: Modality) -> bytes:
         """Tiny valid media for a health probe (`samples.probe_media`); every family makes at least one token of it."""
@@ -183,6 +189,16 @@ class Preprocessor:
         patches = steps * options.min_pixels // int(processor.patch_size) ** 2
         if patches > self._max_patches:
             raise TooLarge(f"min_pixels {options.min_pixels} makes {patches} patches, at most {self._max_patches}")
+
+
+def _pooled(prepared: Prepared) -> Prepared:
+    """The item marked for the ranks, which give one vector of it."""
+    return replace(
+        prepared,
+        tensors=prepared.tensors | {POOLED: torch.ones(1)},
+        tokens=1,
+        extra=prepared.extra | {POOLED_TOKENS: prepared.tokens},
+    )
 
 
 def _check(options: ItemOptions) -> None:

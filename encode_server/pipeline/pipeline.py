@@ -16,6 +16,7 @@ from encode_server.media.sources import MediaSource
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
 from encode_server.pipeline.jobs import Job
+from encode_server.pipeline.pooling import pooled
 from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
@@ -25,6 +26,7 @@ from encode_server.wire.embedding import Encoded, EncodedItem, embedding_bytes
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import POOLED_TOKENS, Pool
 from encode_server.wire.preparers import PreparedItem
 from encode_server.wire.ranks import EncoderInfo
 
@@ -100,11 +102,17 @@ class Pipeline:
             has = ", ".join(sorted(self.modalities))
             raise UnsupportedModality(f"this model has no encoder for {request.modality}, it takes: {has}")
         info = await self._engine.until_ready(route.group)
+        pool = request.pool
+        if pool is not None and pool not in (there := info.pools(request.modality)):
+            raise BadRequest(
+                f"pool is {pool.value!r}, which this model lacks for {request.modality}; it has: {', '.join(there)}"
+            )
+        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
         if len(request.items) == 1:
             items = [await self._encode_item(request, route, 0, request.items[0])]
         else:
             items = await self._encode_all(request, route)
-        return Encoded(request.modality, self._model, info.dtype, info.dims[request.modality], items)
+        return Encoded(request.modality, self._model, info.dtype, dim, items)
 
     async def _encode_all(self, request: EncodeRequest, route: Route) -> list[EncodedItem]:
         try:
@@ -151,7 +159,8 @@ class Pipeline:
         """Prepare and forward one item."""
         clock = _StageClock(request, route)
         info = await self._engine.until_ready(route.group)
-        dim = info.dims[request.modality]
+        pool = item.options.pool
+        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
         job = Job(
             self._arena,
             request.modality,
@@ -196,6 +205,11 @@ class Pipeline:
             embedding = await run_sized(self._pools.send, Pace.COPY, job.nbytes, job.copy_embedding)
         finally:
             job.release()
+        tokens, extra = prepared.tokens, prepared.extra
+        if pool in (Pool.MEAN, Pool.CLS):
+            rows = embedding
+            embedding = await run_sized(self._pools.send, Pace.HASH, rows.nbytes, pooled, rows, info.dtype, dim, pool)
+            tokens, extra = 1, {**extra, POOLED_TOKENS: tokens}
         clock.note("queue", job.queue_s)
         clock.note("forward", job.forward_s)
         if route.tracing is not None:
@@ -203,7 +217,7 @@ class Pipeline:
         if route.metrics is not None:
             route.metrics.preprocessed[request.modality].inc()
         grid = list(prepared.grid_thw) if prepared.grid_thw else None
-        return EncodedItem(ItemInfo(prepared.tokens, grid, digest), prepared.extra, embedding)
+        return EncodedItem(ItemInfo(tokens, grid, digest), extra, embedding)
 
 
 class _StageClock:

@@ -11,6 +11,7 @@ from encode_server.errors import TooLarge
 from encode_server.pipeline.admission import Ticket
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class MediaItem:
         if self.options.fps is not None or self.options.num_frames is not None:
             return self
         return replace(self, options=msgspec.structs.replace(self.options, fps=fps))
+
+    def with_pool(self, pool: Pool) -> MediaItem:
+        """The same, one vector in place of its rows."""
+        return replace(self, options=msgspec.structs.replace(self.options, pool=pool))
 
 
 @dataclass
@@ -64,6 +69,11 @@ class EncodeRequest:
     def client(self) -> str:
         """Who asked, for fairness."""
         return self.ticket.client if self.ticket else ""
+
+    @property
+    def pool(self) -> Pool | None:
+        """How its items are pooled, all alike."""
+        return self.items[0].options.pool if self.items else None
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
         """Count what is now known of the request, see `Ticket.weigh`."""

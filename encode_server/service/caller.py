@@ -11,13 +11,15 @@ from encode_server.pipeline.request import MediaItem
 from encode_server.runtime.charge import Charge
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 
 @dataclass(frozen=True)
 class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
     does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
-    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol."""
+    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol.
+    `model`: the name by which the caller calls the model. `pool`: one vector for each item in place of its rows."""
 
     req_id: str | None
     modality: Modality
@@ -30,6 +32,8 @@ class Ask:
     cached: bool = False
     frames: Literal["native", "sglang"] | None = None
     timeout_s: float | None = None
+    model: str | None = None
+    pool: Pool | None = None
 
     @property
     def destination(self) -> str:

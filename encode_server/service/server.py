@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from encode_server.engine.group import GroupSpec
 from encode_server.engine.groups import RankGroups
 from encode_server.engine.profiling import Profiling
 from encode_server.engine.supervisor import SupervisorOptions
-from encode_server.errors import NotReady, StartupError, first_of
+from encode_server.errors import NotReady, StartupError, UnknownModel, UnsupportedModality, first_of
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
@@ -56,6 +57,7 @@ from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.load import Load
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 from encode_server.wire.preparers import Pickled, PreparerSetup
 
 log = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ class Server:
         self.metrics = Metrics(__version__, settings.dp)
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
+        self.created = int(time.time())  # for clients that ask when a model came to be
         self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
@@ -176,8 +179,27 @@ class Server:
 
     @property
     def model_name(self) -> str:
-        """The checkpoint, as the operator gave it."""
-        return self.settings.model
+        """What the model is called in answers: the first of --served-model-name, else the checkpoint, as the operator
+        gave it."""
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names by which requests may call the model."""
+        return self.settings.served_model_name or (self.settings.model,)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModel for a name that is not this model's. A request need not name it."""
+        if name is not None and name not in self.model_names:
+            raise UnknownModel(f"there is no model {name!r} here; this server has: {', '.join(self.model_names)}")
+
+    async def pools_of(self, modality: Modality) -> list[Pool]:
+        """How items of `modality` can be pooled. Raises NotReady, UnsupportedModality."""
+        encoding = self._known()
+        if modality not in encoding.pipeline.modalities:
+            has = ", ".join(sorted(encoding.pipeline.modalities))
+            raise UnsupportedModality(f"this model has no encoder for {modality}, it takes: {has}")
+        return (await encoding.engine.until_ready()).pools(modality)
 
     def timeout_s(self, asked: float | None) -> float:
         """A request's deadline in seconds, from what its caller asks for."""
@@ -338,7 +360,7 @@ class Server:
         batcher = Batcher(engine, budgets, metrics, self.tracing)
         cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), metrics)
         pipeline = Pipeline(
-            model=found.name,
+            model=self.model_name,
             modalities=frozenset(found.modalities),
             source=source,
             pools=self.pools,
@@ -350,7 +372,7 @@ class Server:
         )
         health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
         route = Route(cache, metrics, self.tracing)
-        return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, route)
+        return Encoding(self.model_name, engine, preparers, batcher, pipeline, cache, health, route)
 
     def _preparer_spec(self, found: Inspection) -> PreparerSpec:
         settings = self.settings
@@ -447,4 +469,5 @@ def media_limits(settings: Settings) -> MediaLimits:
         decode_seconds=settings.decode_s,
         fetch_seconds=settings.fetch_s,
         slow_formats=settings.media_formats == "all",
+        white_behind=settings.image_alpha == "white",
     )

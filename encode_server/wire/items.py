@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
+from encode_server.wire.pools import Pool
+
 
 class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     """Per-item options; None leaves the checkpoint's own setting.
 
     `min_pixels` and `max_pixels` bound the resized image, or one frame of a video as the checkpoint's video processor
     counts it; `fps` (frames per second of video) or `num_frames`, and `min_frames`, `max_frames`, choose frames.
+    `pool`: one vector in place of the rows.
     """
 
     min_pixels: int | None = None
@@ -18,3 +21,4 @@ class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     num_frames: int | None = None
     min_frames: int | None = None
     max_frames: int | None = None
+    pool: Pool | None = None

@@ -10,6 +10,7 @@ import msgspec
 
 from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 
 class TensorRef(msgspec.Struct, frozen=True):
@@ -31,8 +32,10 @@ class ItemRef(msgspec.Struct, frozen=True):
 class EncoderInfo(msgspec.Struct, frozen=True):
     """What a rank loaded: embedding width per modality, dtype of the embeddings, bytes of weights on this rank.
 
-    `at_once`: forwards it executes side by side; they start in the order sent. `batch_cost`: patches or mel frames of
-    the batches it does best with, None for as many as the budget allows.
+    `pooled`: width of the one vector that the model itself makes for an item, by modality, where it makes one.
+    `class_token`: the first row of an item is that of a class token. `at_once`: forwards it executes side by side; they
+    start in the order sent. `batch_cost`: patches or mel frames of the batches it does best with, None for as many as
+    the budget allows.
     """
 
     model_type: str
@@ -42,6 +45,12 @@ class EncoderInfo(msgspec.Struct, frozen=True):
     weight_bytes: int
     at_once: int = 1
     batch_cost: int | None = None
+    pooled: dict[Modality, int] = {}
+    class_token: bool = False
+
+    def pools(self, modality: Modality) -> list[Pool]:
+        """How items can be pooled."""
+        return [Pool.MEAN, *[Pool.CLS] * self.class_token, *[Pool.MODEL] * (modality in self.pooled)]
 
 
 class RankSetup(msgspec.Struct, frozen=True):
