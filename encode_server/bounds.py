@@ -16,6 +16,7 @@ from encode_server.delivery.sglang import endpoints, registrations
 from encode_server.media import patience, web
 from encode_server.media.limits import MediaLimits
 from encode_server.pipeline import admission
+from encode_server.pipeline.shared import cache as shared
 from encode_server.prepare import preparers
 from encode_server.runtime import bodies
 from encode_server.runtime.connections import ConnectionLimits
@@ -164,6 +165,28 @@ def _of_media(s: Settings) -> Iterable[Bound]:
     )
     yield Bound(
         "embeddings kept", "pipeline/cache.py", s.cache_gb, "GiB", "the oldest go", "cache_gb", "encode_cache_bytes"
+    )
+    where = "pipeline/shared/cache.py"
+    yield Bound(
+        "an embedding in the shared cache", where, s.shared_cache_max_mb, "MiB", "not shared", "shared_cache_max_mb"
+    )
+    yield Bound(
+        "time of a look-up in the shared cache",
+        where,
+        s.shared_cache_timeout_ms,
+        "ms",
+        "encoded here",
+        "shared_cache_timeout_ms",
+        "encode_shared_cache_seconds",
+    )
+    yield Bound(
+        "embeddings that wait for the shared cache",
+        where,
+        shared.QUEUED_BYTES >> 20,
+        "MiB",
+        "not shared",
+        "",
+        "encode_shared_cache_queued_bytes",
     )
     yield Bound("downloads", "media/web.py", web.MAX_FETCHES, "", "waits")
     yield Bound("downloads of one client", "media/web.py", int(web.MAX_FETCHES * web.CLIENT_SHARE), "", "waits")

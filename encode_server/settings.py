@@ -91,6 +91,17 @@ class Settings(BaseSettings):
         48000, ge=1, description="mel frames of audio in one batch; a larger item goes alone"
     )
     cache_gb: float = Field(1.0, ge=0, description="GiB of embeddings kept for media seen again; 0: none")
+    shared_cache: str | None = Field(
+        None,
+        description="second level of the cache, which replicas share: redis://[[user]:password@]host[:port][/number], "
+        "or rediss:// for TLS; better set by the variable where it holds a password",
+    )
+    shared_cache_password_file: str | None = Field(
+        None, description="file that holds its password, read at each connection"
+    )
+    shared_cache_timeout_ms: float = Field(100.0, gt=0, le=10_000, description="longest time of a look-up in it")
+    shared_cache_ttl_s: int = Field(86_400, ge=1, le=10**9, description="an embedding in it goes after so long")
+    shared_cache_max_mb: int = Field(16, ge=1, le=500, description="largest embedding that goes into it")
     arena_mb: int = Field(
         2048,
         ge=16,
@@ -222,6 +233,9 @@ class Settings(BaseSettings):
         return parts
 
 
+SECRET = frozenset({"api_keys", "shared_cache"})
+"""Options whose values are never quoted."""
+
 PRELOAD = "encode_server.models.preload:preload"
 """What the forkserver calls before its first fork."""
 
@@ -266,6 +280,7 @@ def redacted(settings: Settings) -> dict[str, Any]:
     """The settings for other eyes: of keys only how many, of URLs neither credentials nor queries."""
     shown = settings.model_dump(mode="json")
     shown["api_keys"] = len(settings.api_keys)
+    shown["shared_cache"] = settings.shared_cache and _bare(settings.shared_cache)
     shown["register_url"] = [_bare(url) for url in settings.register_url]
     return shown
 
@@ -316,5 +331,5 @@ def _complaint(error: Any, places: Mapping[str, str]) -> str:
     takes = plain.get(kind, error["msg"].removeprefix("Input should be "))
     of_kubernetes = str(error["input"]).startswith("tcp://") and field not in places
     hint = " (Kubernetes sets it for a Service; enableServiceLinks: false stops that)" if of_kubernetes else ""
-    got = "something else" if field == "api_keys" and error["input"] else repr(error["input"])
+    got = "something else" if field in SECRET and error["input"] else repr(error["input"])
     return f"{where}: got {got}, takes {takes}{hint}"

@@ -17,6 +17,7 @@ from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
 from encode_server.pipeline.jobs import Job
 from encode_server.pipeline.request import EncodeRequest, MediaItem
+from encode_server.pipeline.shared.cache import SharedCache
 from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
@@ -57,12 +58,14 @@ class Route:
     """What a request passes on its way. A health probe has a route of its own: no cache, a thread that each preparer
     keeps for probes, room of its own in the arena, the next turn in the queue, and no trace in the stages' metrics.
 
-    `cache` None: every item is encoded. `metrics` None: nothing is observed. `tracing` None: nothing is traced.
+    `cache` None: every item is encoded. `shared` None: no other server is asked for an embedding. `metrics` None:
+    nothing is observed. `tracing` None: nothing is traced.
     """
 
     cache: EmbeddingCache | None
     metrics: Metrics | None
     tracing: Tracing | None = None
+    shared: SharedCache | None = None
     express: bool = False
 
 
@@ -131,8 +134,22 @@ class Pipeline:
         if route.cache is None:
             return await self._compute(request, route, item, media, digest)
         key = CacheKey(request.modality, digest, item.options)
-        kept, cached = await route.cache.get(key, lambda: self._compute(request, route, item, media, digest))
-        if not cached:
+        computed = False
+
+        async def compute() -> EncodedItem:
+            nonlocal computed
+            info = await self._engine.until_ready()
+            kind = info.dtype, info.dims[request.modality]
+            if route.shared is not None and (found := await route.shared.get(key, *kind)) is not None:
+                return found
+            computed = True
+            ours = await self._compute(request, route, item, media, digest)
+            if route.shared is not None:
+                route.shared.put(key, ours, *kind)
+            return ours
+
+        kept, _ = await route.cache.get(key, compute)
+        if computed:
             return kept
         request.share(kept.data)
         return replace(kept, info=msgspec.structs.replace(kept.info, cached=True))

@@ -38,6 +38,8 @@ from encode_server.pipeline.cache import EmbeddingCache
 from encode_server.pipeline.health import HealthProbe, Verdict
 from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest
+from encode_server.pipeline.shared.cache import SharedCache, SharedLimits
+from encode_server.pipeline.shared.redis import RedisAddress, RedisStore, parse_address
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
 from encode_server.runtime.cores import usable_cores
@@ -102,6 +104,8 @@ class Server:
         self._limits = media_limits(settings)
         self.destination_policy = DestinationPolicy(settings.destination_allow)
         self.folder = _entry_folder(settings)
+        self.shared: SharedCache | None = None
+        self._shared_address = shared_address(settings)
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -138,6 +142,12 @@ class Server:
             stack.push_async_callback(source.aclose)
             pusher = Pusher(settings.send_timeout_s)
             stack.callback(pusher.close)
+            if self._shared_address is not None:
+                limits = SharedLimits(settings.shared_cache_timeout_ms / 1000, settings.shared_cache_max_mb << 20)
+                self.shared = SharedCache(
+                    RedisStore(self._shared_address, settings.shared_cache_ttl_s), limits, self.metrics
+                )
+                stack.callback(self.shared.close)
             store = None
             if self.folder is not None:
                 store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store)
@@ -286,6 +296,8 @@ class Server:
                         group.create_task(encoding.engine.run())
                         group.create_task(encoding.preparers.run())
                         group.create_task(encoding.batcher.run())
+                        if self.shared is not None:
+                            group.create_task(self._fingerprint(self.shared, forkserver))
                         self.encoding = encoding
                         self._changes.announce()
                         await self._warm_up(encoding)
@@ -306,6 +318,21 @@ class Server:
             except ForkserverLost:
                 log.warning("the forkserver was lost while the checkpoint was looked up (%d)", attempt + 1)
         raise StartupError("the process that forks ranks and preparers does not live long enough to fork")
+
+    async def _fingerprint(self, shared: SharedCache, forkserver: Forkserver) -> None:
+        """Find out which other servers' embeddings are as good as this one's. Until then the shared cache rests."""
+        settings = self.settings
+        arguments = [settings.model, settings.revision]
+        for _ in range(FORKSERVER_TRIES):
+            try:
+                shared.fingerprint = await forkserver.call(
+                    "encode_server.models.fingerprint:fingerprint", arguments, str
+                )
+                log.info("the shared cache is used for embeddings of %s", shared.fingerprint[:16])
+                return
+            except ForkserverLost:
+                continue
+        log.warning("the shared cache is not used: the checkpoint's files could not be read")
 
     def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
         settings, metrics = self.settings, self.metrics
@@ -342,7 +369,7 @@ class Server:
             max_item_tokens=settings.max_item_tokens,
         )
         health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
-        route = Route(cache, metrics, self.tracing)
+        route = Route(cache, metrics, self.tracing, shared=self.shared)
         return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, route)
 
     def _preparer_spec(self, found: Inspection) -> PreparerSpec:
@@ -422,6 +449,16 @@ def _admission_limits(settings: Settings) -> AdmissionLimits:
     return AdmissionLimits(
         settings.max_requests, settings.max_inflight_mb << 20, settings.max_inflight_tokens, settings.client_share
     )
+
+
+def shared_address(settings: Settings) -> RedisAddress | None:
+    """Where the shared cache is, None where there is none. Raises StartupError."""
+    if settings.shared_cache is None:
+        return None
+    try:
+        return parse_address(settings.shared_cache, settings.shared_cache_password_file)
+    except ValueError as error:
+        raise StartupError(f"--shared-cache: {error}") from None
 
 
 def _entry_folder(settings: Settings) -> EntryFolder | None:
