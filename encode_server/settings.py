@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     shared_cache_timeout_ms: float = Field(100.0, gt=0, le=10_000, description="longest time of a look-up in it")
     shared_cache_ttl_s: int = Field(86_400, ge=1, le=10**9, description="an embedding in it goes after so long")
     shared_cache_max_mb: int = Field(16, ge=1, le=500, description="largest embedding that goes into it")
+    trust_content_hash: bool = Field(
+        False,
+        description="a caller who names an item's content_hash gets the embedding known for it, and the media are not "
+        "looked at; where none is known they are, and are verified",
+    )
     arena_mb: int = Field(
         2048,
         ge=16,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 
 import pytest
@@ -65,3 +66,12 @@ def test_the_shared_caches_password_is_in_no_message(url):
 def test_the_shared_caches_password_is_shown_to_nobody():
     shown = redacted(load_settings({"shared_cache": "redis://me:h1dden@host:6379/3"}))
     assert shown["shared_cache"] == "redis://host:6379/3"
+
+
+@pytest.mark.parametrize(
+    ("given", "trusting"), [([], False), (["--trust-content-hash"], True), (["--trust-content-hash", "false"], False)]
+)
+def test_an_option_that_is_on_or_off(given, trusting):
+    parser = argparse.ArgumentParser()
+    cli._add_options(parser, "")
+    assert load_settings(vars(parser.parse_args(given))).trust_content_hash is trusting

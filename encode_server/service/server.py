@@ -369,7 +369,7 @@ class Server:
             max_item_tokens=settings.max_item_tokens,
         )
         health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
-        route = Route(cache, metrics, self.tracing, shared=self.shared)
+        route = Route(cache, metrics, self.tracing, self.shared, trusting=settings.trust_content_hash)
         return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, route)
 
     def _preparer_spec(self, found: Inspection) -> PreparerSpec:
