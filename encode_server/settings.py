@@ -197,6 +197,13 @@ class Settings(BaseSettings):
         pattern=MODULE,
         description="module of SGLang's Modality; older releases: sglang.srt.managers.schedule_batch",
     )
+    mooncake_host: str | None = Field(
+        None,
+        description="this host's address, for SGLang's transfer backend `mooncake`: prefill servers offer memory, and "
+        "embeddings are written there; none: not offered",
+    )
+    mooncake_protocol: Literal["tcp", "rdma"] = Field("tcp", description="what Mooncake transfers by")
+    mooncake_device: str = Field("", description="RDMA devices that Mooncake uses; empty: its choice")
     register_url: CommaList = Field(
         (), description="SGLang bootstrap servers to register with while ready, e.g. http://10.0.0.7:8997"
     )

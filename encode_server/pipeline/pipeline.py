@@ -156,7 +156,7 @@ class Pipeline:
             return ours
 
         kept, _ = await route.cache.get(key, compute)
-        return kept if computed else _shared(request, kept)
+        return kept if computed else _shared(request, item, kept)
 
     async def _claimed(self, request: EncodeRequest, route: Route, item: MediaItem) -> EncodedItem | None:
         """What is known for the digest that the caller names. Everything kept was kept under a digest computed here or
@@ -169,7 +169,7 @@ class Pipeline:
             info = await self._engine.until_ready()
             if (kept := await route.shared.get(key, info.dtype, info.dims[request.modality])) is not None:
                 route.cache.keep(key, kept)
-        return None if kept is None else _shared(request, kept)
+        return None if kept is None else _shared(request, item, kept)
 
     async def _fetch(self, request: EncodeRequest, item: MediaItem) -> bytes:
         if isinstance(item.source, bytes):
@@ -202,6 +202,7 @@ class Pipeline:
             request.weigh(tokens=prepared.cost - weighed)
             weighed = prepared.cost
             expect(embedding_bytes(prepared.tokens, dim, info.dtype))
+            request.has_rows(item, prepared.tokens)
             return await job.acquire(prepared, dim, info.dtype)
 
         try:
@@ -256,8 +257,9 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
     tracing.stage("forward", forward_s, ended_s_ago=ago, links=job.batches)
 
 
-def _shared(request: EncodeRequest, kept: EncodedItem) -> EncodedItem:
+def _shared(request: EncodeRequest, item: MediaItem, kept: EncodedItem) -> EncodedItem:
     """An embedding that was not made for this request, charged to the request."""
+    request.has_rows(item, kept.info.tokens)
     request.share(kept.data)
     return replace(kept, info=msgspec.structs.replace(kept.info, cached=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -33,7 +34,8 @@ class MediaItem:
 class EncodeRequest:
     """A request in progress. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line.
     `ticket`: the request's place in the admission, which a health probe does not take. `max_embedding_bytes`: of all
-    its items together."""
+    its items together. `on_rows`: called once, with the rows of its embedding, as soon as all items have been prepared
+    or found."""
 
     req_id: str
     modality: Modality
@@ -42,7 +44,9 @@ class EncodeRequest:
     ticket: Ticket | None = None
     stages: dict[str, float] = field(default_factory=dict)
     max_embedding_bytes: int | None = None
+    on_rows: Callable[[int], None] | None = None
     _embedding_bytes: int = 0
+    _rows: dict[int, int] = field(default_factory=dict)
     _embeddings: set[int] = field(default_factory=set)
 
     def spent(self, stage: str, seconds: float) -> None:
@@ -58,6 +62,13 @@ class EncodeRequest:
     def client(self) -> str:
         """Who asked, for fairness."""
         return self.ticket.client if self.ticket else ""
+
+    def has_rows(self, item: MediaItem, rows: int) -> None:
+        """One of its items will have so many rows."""
+        self._rows[id(item)] = rows
+        if self.on_rows is not None and len(self._rows) == len(self.items):
+            told, self.on_rows = self.on_rows, None
+            told(sum(self._rows.values()))
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
         """Count what is now known of the request, see `Ticket.weigh`."""

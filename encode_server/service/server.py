@@ -16,11 +16,11 @@ from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.folder import EntryFolder
+from encode_server.delivery.mooncake import MooncakeEngine
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
 from encode_server.delivery.sglang.frames import SGLangFrames
-from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.engine.arena import Arena
@@ -106,6 +106,7 @@ class Server:
         self.folder = _entry_folder(settings)
         self.shared: SharedCache | None = None
         self._shared_address = shared_address(settings)
+        self._mooncake = _mooncake(settings)
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -153,7 +154,11 @@ class Server:
                 store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store)
             if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
-                self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
+                if self._mooncake is not None:
+                    stack.callback(self._mooncake.close)
+                self.sglang = SGLangDeliveries(
+                    pusher, frames, self._pickle, pools.send, settings.send_timeout_s, self._mooncake
+                )
                 stack.callback(self.sglang.close)
             self.destinations = Destinations(
                 self.destination_policy, pusher, pools.send, self.sglang, store, keyed=bool(settings.api_keys)
@@ -166,10 +171,10 @@ class Server:
             stack.push_async_callback(_end, life)
             yield
 
-    def registrations(self) -> Registrations:
-        """Which prefill ranks wait for which part (SGLang)."""
+    def sglang_deliveries(self) -> SGLangDeliveries:
+        """Where prefill ranks say what they wait for (SGLang)."""
         assert self.sglang is not None
-        return self.sglang.registrations
+        return self.sglang
 
     async def drain(self) -> None:
         """Say that the server leaves, and withdraw what brings requests here; for `--drain-s` take those that come all
@@ -459,6 +464,12 @@ def shared_address(settings: Settings) -> RedisAddress | None:
         return parse_address(settings.shared_cache, settings.shared_cache_password_file)
     except ValueError as error:
         raise StartupError(f"--shared-cache: {error}") from None
+
+
+def _mooncake(settings: Settings) -> MooncakeEngine | None:
+    if settings.mooncake_host is None or settings.protocol != "sglang":
+        return None
+    return MooncakeEngine(settings.mooncake_host, settings.mooncake_protocol, settings.mooncake_device)
 
 
 def _entry_folder(settings: Settings) -> EntryFolder | None:
