@@ -183,6 +183,12 @@ class Settings(BaseSettings):
     )
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
 
+    nixl_pool_mb: int = Field(
+        0,
+        ge=0,
+        description="memory that destinations may read embeddings from by NIXL, where a request asks for that; 0: "
+        "all are pushed over ZMQ",
+    )
     undelivered_mb: int = Field(
         4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429, one alone 413"
     )

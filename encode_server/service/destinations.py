@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from encode_server.delivery.base import Delivery, Kept
 from encode_server.delivery.destinations import DestinationPolicy
-from encode_server.delivery.native import NativePush
+from encode_server.delivery.native import NativePush, Nixl
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries, SGLangPush
 from encode_server.delivery.sglang.registrations import Offer
@@ -40,10 +40,11 @@ class Destinations:
         store: EmbeddingStore | None,
         *,
         keyed: bool,
+        nixl: Nixl | None = None,
     ) -> None:
         """`keyed`: clients are told apart by their API keys, not by their addresses."""
         self.policy = policy
-        self._keyed = keyed
+        self._keyed, self._nixl = keyed, nixl
         self._pusher, self._pool, self._sglang, self._store = pusher, pool, sglang, store
 
     async def resolve(self, ask: Ask, req_id: str, client: str, held: contextlib.ExitStack) -> Destination | None:
@@ -70,7 +71,7 @@ class Destinations:
         if isinstance(ask.embedding_port, list):
             raise BadRequest("embedding_port is a list, which SGLang's frames alone go to")
         endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port, client=client)
-        return Destination(NativePush(self._pusher, endpoint, self._pool))
+        return Destination(NativePush(self._pusher, endpoint, self._pool, self._nixl if ask.readable else None))
 
     async def _to_sglang(
         self, sglang: SGLangDeliveries, ask: Ask, host: str, client: str, held: contextlib.ExitStack

@@ -17,6 +17,7 @@ from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.folder import EntryFolder
 from encode_server.delivery.mooncake import MooncakeEngine
+from encode_server.delivery.nixl import NixlAgent
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
@@ -107,6 +108,7 @@ class Server:
         self.shared: SharedCache | None = None
         self._shared_address = shared_address(settings)
         self._mooncake = _mooncake(settings)
+        self._nixl = NixlAgent(settings.nixl_pool_mb << 20) if settings.nixl_pool_mb else None
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -161,8 +163,16 @@ class Server:
                 )
                 stack.callback(self.sglang.close)
             self.destinations = Destinations(
-                self.destination_policy, pusher, pools.send, self.sglang, store, keyed=bool(settings.api_keys)
+                self.destination_policy,
+                pusher,
+                pools.send,
+                self.sglang,
+                store,
+                keyed=bool(settings.api_keys),
+                nixl=self._nixl,
             )
+            if self._nixl is not None:
+                stack.callback(self._nixl.close)
             self.pools = pools
             stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             self._announcer.start(settings.advertise_port or self.port)
