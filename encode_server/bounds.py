@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from encode_server import errors
 from encode_server.api import body, profiles, schemas
-from encode_server.delivery import destinations, folder
-from encode_server.delivery.sglang import endpoints, registrations
+from encode_server.delivery import destinations, folder, mooncake
+from encode_server.delivery.sglang import endpoints, registrations, sizes
 from encode_server.media import patience, web
 from encode_server.media.limits import MediaLimits
 from encode_server.pipeline import admission
@@ -207,6 +207,13 @@ def _of_deliveries(s: Settings) -> Iterable[Bound]:
         "encode_undelivered_bytes",
     )
     yield Bound("time of a push", "delivery/push.py", s.send_timeout_s, "s", "502", "send_timeout_s")
+    yield Bound(
+        "embeddings that wait to be read by NIXL", "delivery/nixl.py", s.nixl_pool_mb, "MiB", "waits", "nixl_pool_mb"
+    )
+    yield Bound("transfers by Mooncake, begun or waiting", "delivery/mooncake.py", mooncake.MAX_WAITING, "", "502")
+    yield Bound(
+        "callers that wait for a size (SGLang, Mooncake)", "delivery/sglang/sizes.py", sizes.MAX_WAITING, "", "429"
+    )
     yield Bound("names looked up for destinations", "delivery/destinations.py", destinations.LOOK_UPS, "", "waits")
     yield Bound(
         "names looked up for one client",
