@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     shared_cache: str | None = Field(
         None,
         description="second level of the cache, which replicas share: redis://[[user]:password@]host[:port][/number], "
-        "or rediss:// for TLS; better set by the variable where it holds a password",
+        "or rediss:// for TLS (better set by the variable where it holds a password); mooncake://master:port[/MiB lent]",
     )
     shared_cache_password_file: str | None = Field(
         None, description="file that holds its password, read at each connection"

@@ -40,6 +40,8 @@ from encode_server.pipeline.health import HealthProbe, Verdict
 from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.pipeline.shared.cache import SharedCache, SharedLimits
+from encode_server.pipeline.shared.line import Store
+from encode_server.pipeline.shared.mooncake import MooncakeAddress, MooncakeStore, parse_mooncake
 from encode_server.pipeline.shared.redis import RedisAddress, RedisStore, parse_address
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
@@ -147,9 +149,7 @@ class Server:
             stack.callback(pusher.close)
             if self._shared_address is not None:
                 limits = SharedLimits(settings.shared_cache_timeout_ms / 1000, settings.shared_cache_max_mb << 20)
-                self.shared = SharedCache(
-                    RedisStore(self._shared_address, settings.shared_cache_ttl_s), limits, self.metrics
-                )
+                self.shared = SharedCache(shared_store(settings, self._shared_address), limits, self.metrics)
                 stack.callback(self.shared.close)
             store = None
             if self.folder is not None:
@@ -466,14 +466,28 @@ def _admission_limits(settings: Settings) -> AdmissionLimits:
     )
 
 
-def shared_address(settings: Settings) -> RedisAddress | None:
+def shared_address(settings: Settings) -> RedisAddress | MooncakeAddress | None:
     """Where the shared cache is, None where there is none. Raises StartupError."""
     if settings.shared_cache is None:
         return None
     try:
+        if settings.shared_cache.startswith("mooncake:"):
+            return parse_mooncake(
+                settings.shared_cache, settings.mooncake_host, settings.mooncake_protocol, settings.mooncake_device
+            )
         return parse_address(settings.shared_cache, settings.shared_cache_password_file)
     except ValueError as error:
         raise StartupError(f"--shared-cache: {error}") from None
+
+
+def shared_store(settings: Settings, address: RedisAddress | MooncakeAddress) -> Store:
+    """What the shared cache is kept in. Raises StartupError without the package for it."""
+    if isinstance(address, RedisAddress):
+        return RedisStore(address, settings.shared_cache_ttl_s)
+    try:
+        return MooncakeStore(address)
+    except ImportError as error:
+        raise StartupError(f"--shared-cache: pip install 'encode-server[mooncake]' ({error})") from None
 
 
 def _mooncake(settings: Settings) -> MooncakeEngine | None:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
+import socket
 import ssl
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,12 +20,14 @@ from encode_server.pipeline.cache import CacheKey
 from encode_server.pipeline.shared.breaker import FAILURES, FIRST_S, Breaker
 from encode_server.pipeline.shared.cache import SharedCache, SharedLimits
 from encode_server.pipeline.shared.line import Refused, Unreachable
+from encode_server.pipeline.shared.mooncake import parse_mooncake
 from encode_server.pipeline.shared.redis import RedisStore, parse_address
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.embedding import EncodedItem
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
+from tests.live import eventually
 from tests.redis_server import needs_redis
 
 DIM = 4
@@ -413,3 +420,62 @@ def test_a_wrong_address_is_refused_without_being_quoted(url):
     with pytest.raises(ValueError) as error:
         parse_address(url)
     assert "secret" not in str(error.value)
+
+
+MASTER = shutil.which("mooncake_master", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+TWO_STORES = """
+import asyncio, sys
+from tests.pipeline.test_shared_cache import DIM, item, key
+from encode_server.pipeline.shared.cache import SharedCache, SharedLimits
+from encode_server.pipeline.shared.mooncake import MooncakeStore, parse_mooncake
+from encode_server.telemetry.metrics import Metrics
+
+async def main():
+    caches = []
+    for lent in ("/64", ""):
+        address = parse_mooncake(sys.argv[1] + lent, "127.0.0.1", "tcp", "")
+        caches.append(SharedCache(MooncakeStore(address), SharedLimits(30.0, 1 << 20), Metrics()))
+        caches[-1].fingerprint = "f"
+    one, other = caches
+    assert await one.get(key("a"), "float32", DIM) is None
+    one.put(key("a"), item("a"), "float32", DIM)
+    one.put(key("b"), item("b"), "float32", DIM)
+    while one.queued_bytes:
+        await asyncio.sleep(0.01)
+    found = await asyncio.gather(*(other.get(key(name), "float32", DIM) for name in "abc"))
+    assert [bytes(each.data) if each else None for each in found] == [bytes(item(n).data) for n in "ab"] + [None]
+    other.fingerprint = "g"
+    assert await other.get(key("a"), "float32", DIM) is None
+
+asyncio.run(main())
+print("right", flush=True)
+import os; os._exit(0)
+"""
+
+
+@pytest.mark.skipif(MASTER is None, reason="Mooncake is not installed")
+def test_mooncakes_store(tmp_path):
+    """In a process of its own: the store's threads stay."""
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        two.bind(("127.0.0.1", 0))
+        port, metrics = one.getsockname()[1], two.getsockname()[1]
+    with (tmp_path / "master").open("wb") as log:
+        command = [MASTER, "--rpc_port", str(port), "--metrics_port", str(metrics)]
+        master = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        with socket.socket() as probe:
+            assert eventually(lambda: probe.connect_ex(("127.0.0.1", port)) == 0, 30)
+        command = [sys.executable, "-c", TWO_STORES, f"mooncake://127.0.0.1:{port}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert "right" in done.stdout, done.stderr[-3000:]
+    finally:
+        master.kill()
+        master.wait(10)
+
+
+@pytest.mark.parametrize("url", ["mooncake://h", "mooncake://:1", "mooncake://h:x", "mooncake://h:1/x"])
+def test_a_wrong_address_of_mooncakes_master_is_refused(url):
+    with pytest.raises(ValueError, match="expected mooncake"):
+        parse_mooncake(url, "127.0.0.1", "tcp", "")
