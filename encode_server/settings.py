@@ -93,8 +93,8 @@ class Settings(BaseSettings):
     cache_gb: float = Field(1.0, ge=0, description="GiB of embeddings kept for media seen again; 0: none")
     shared_cache: str | None = Field(
         None,
-        description="second level of the cache, which replicas share: redis://[[user]:password@]host[:port][/number], "
-        "or rediss:// for TLS (better set by the variable where it holds a password); mooncake://master:port[/MiB lent]",
+        description="second level of the cache, shared by replicas: redis://[[user]:password@]host[:port][/number], "
+        "or rediss:// for TLS (best set by the variable where it holds a password); mooncake://master:port[/MiB lent]",
     )
     shared_cache_password_file: str | None = Field(
         None, description="file that holds its password, read at each connection"

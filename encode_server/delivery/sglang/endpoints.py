@@ -76,7 +76,8 @@ def add_sglang_routes(
     async def scheduler_receive_meta_data(request: Request) -> Response:
         check_key(request)
         body = await read_small(request, AskSize)
-        size = await deliveries().sizes.ask(body.req_id, wait_s)
+        async with until_caller_goes(request):
+            size = await deliveries().sizes.ask(body.req_id, wait_s)
         answer = {
             "req_id": body.req_id,
             "part_idx": body.part_idx,
