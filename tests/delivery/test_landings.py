@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
+import httpx
 import pytest
+from fastapi import APIRouter, FastAPI
 
 from encode_server.delivery.base import Part
+from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
+from encode_server.delivery.sglang.endpoints import add_sglang_routes
 from encode_server.delivery.sglang.registrations import Landing, Offer
-from encode_server.errors import BadMedia, DeadlineExceeded, DeliveryFailed, Duplicate
+from encode_server.errors import BadMedia, BadRequest, DeadlineExceeded, DeliveryFailed, Duplicate, Forbidden
 from encode_server.wire.embedding import Encoded, EncodedItem
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
@@ -209,3 +214,68 @@ def test_ranks_that_never_come_end_the_part():
         assert world.is_empty()
 
     run(scenario, wait_s=0.05)
+
+
+@contextlib.asynccontextmanager
+async def http(world: World, wait_s: float = WAIT_S):
+    """The routes, as a prefill rank calls them."""
+    router = APIRouter()
+    policy = DestinationPolicy(())
+    add_sglang_routes(router, lambda: world.deliveries, policy, lambda request: "c", wait_s, mooncake=True)
+    app = FastAPI()
+    app.include_router(router)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=WAIT_S) as client:
+        yield client
+
+
+def sent(**fields) -> dict:
+    """As SGLang's receiver writes it: the answer about the size, and where the embedding goes."""
+    return {
+        "req_id": "r",
+        "part_idx": 0,
+        "embedding_size": 48,
+        "embedding_len": 3,
+        "embedding_dim": 4,
+        "prefill_host": "127.0.0.1",
+        "embedding_port": 5000,
+        "session_id": "127.0.0.1:5001",
+        "buffer_address": 139872301285376,
+        "receive_count": 1,
+    } | fields
+
+
+def test_a_rank_asks_for_the_size_and_says_where():
+    async def scenario(world: World):
+        async with http(world) as client:
+            size = asyncio.create_task(client.post("/scheduler_receive_meta_data", json={"req_id": "r", "part_idx": 0}))
+            delivery = asyncio.create_task(world.deliver())
+            known = {"req_id": "r", "part_idx": 0, "embedding_size": 48, "embedding_len": 3, "embedding_dim": 4}
+            assert (await size).json() == known
+            assert (await client.post("/send", json=sent())).json() is None
+            await delivery
+        assert world.written == [("127.0.0.1:5001", 139872301285376, DATA)]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"session_id": "127.0.0.2:5001"}, BadRequest),
+        ({"session_id": "127.0.0.1"}, BadRequest),
+        ({"prefill_host": "8.8.8.8", "session_id": "8.8.8.8:1"}, Forbidden),
+        ({"session_id": "8.8.8.8:1"}, Forbidden),
+        ({"buffer_address": -1}, BadRequest),
+        ({"buffer_address": 2**64}, BadRequest),
+        ({"receive_count": 0}, BadRequest),
+    ],
+)
+def test_memory_elsewhere_is_refused(fields, error):
+    async def scenario(world: World):
+        async with http(world) as client:
+            with pytest.raises(error):
+                await client.post("/send", json=sent(**fields))
+        assert world.is_empty()
+
+    run(scenario)

@@ -43,7 +43,7 @@ class Land(msgspec.Struct):
     prefill_host: Annotated[str, msgspec.Meta(max_length=255)]
     embedding_port: int
     session_id: Annotated[str, msgspec.Meta(max_length=300)]
-    buffer_address: Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+    buffer_address: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     embedding_size: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     receive_count: Annotated[int, msgspec.Meta(ge=1, le=MAX_RECEIVERS)]
 
