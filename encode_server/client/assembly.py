@@ -10,7 +10,7 @@ import zmq
 from encode_server.client.embedding import Embedding, check_size, join
 from encode_server.client.errors import EncodeServerError, ProtocolError
 from encode_server.wire.dtypes import ITEM_BYTES
-from encode_server.wire.frames import VERSION, EmbeddingHeader, decode_header
+from encode_server.wire.frames import MEMORY_VERSION, VERSION, EmbeddingHeader, decode_header
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_PARTS = 4096
@@ -42,8 +42,8 @@ def read_part(frames: list[zmq.Frame], *, remote: bool = False) -> Part:
         header = decode_header(frames[0].buffer)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"not an embedding's header: {exc}") from exc
-    if header.version > VERSION:
-        raise ProtocolError(f"frames of version {header.version}, this client reads version {VERSION}: update it")
+    if header.version > (newest := VERSION if header.memory is None else MEMORY_VERSION):
+        raise ProtocolError(f"frames of version {header.version}, this client reads version {newest}: update it")
     if not (0 < header.num_parts <= MAX_PARTS and 0 <= header.part_idx < header.num_parts):
         raise ProtocolError(f"part {header.part_idx} of {header.num_parts}")
     cost = sum(len(frame) for frame in frames) + PART_OVERHEAD_BYTES

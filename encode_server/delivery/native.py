@@ -12,7 +12,7 @@ from encode_server.delivery.push import Pusher
 from encode_server.errors import DeliveryFailed, EncodeError
 from encode_server.runtime.pools import Pace, run_sized
 from encode_server.wire.embedding import Encoded
-from encode_server.wire.frames import EmbeddingHeader, ErrorInfo, RemoteMemory, encode_header
+from encode_server.wire.frames import MEMORY_VERSION, EmbeddingHeader, ErrorInfo, RemoteMemory, encode_header
 
 
 class Nixl(Protocol):
@@ -38,7 +38,7 @@ class NativePush:
             await self._pusher.push(self._endpoint, [encode_header(header), data])
             return
         async with self._nixl.offer(data) as (memory, taken):
-            header.memory = memory
+            header.memory, header.version = memory, MEMORY_VERSION
             await self._pusher.push(self._endpoint, [encode_header(header)])
             await asyncio.wait((taken,), timeout=self._pusher.timeout_s)
             if not taken.done():

@@ -14,6 +14,9 @@ from encode_server.wire.modality import Modality
 VERSION = 1
 """Of the frames. It grows when a reader of the present version could not read the frames; see docs/stability.md."""
 
+MEMORY_VERSION = 2
+"""Of a header with `memory`, which only a receiver that asked for it gets."""
+
 
 class ItemInfo(msgspec.Struct, omit_defaults=False):
     """One media item of a part: its rows in the embedding, its patch grid, the SHA-256 of its media bytes.
