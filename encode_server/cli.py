@@ -162,6 +162,11 @@ def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
     for name, field in Settings.model_fields.items():
         if name == skip:
             continue
+        if field.annotation is bool:
+            parser.add_argument(
+                option_name(name), nargs="?", const="true", metavar="true", default=argparse.SUPPRESS, help=_help(name)
+            )
+            continue
         kind = "A,B,…" if isinstance(field.default, tuple) else name.rsplit("_", 1)[-1].upper()
         parser.add_argument(option_name(name), metavar=kind, default=argparse.SUPPRESS, help=_help(name))
     for name in RENAMED:

@@ -89,6 +89,7 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         stored=body.delivery == "ec_store",
         cached=body.delivery == "cache",
         frames=body.frames,
+        readable=body.transport == "nixl",
         timeout_s=body.timeout_s,
         model=body.model,
         pool=None if body.pool is None else Pool(body.pool),

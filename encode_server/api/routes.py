@@ -60,5 +60,12 @@ def build_router(server: Server) -> APIRouter:
 
     add_profile_routes(router, server)
     if server.settings.protocol == "sglang":
-        add_sglang_routes(router, server.registrations, server.destination_policy, server.keys.client)
+        add_sglang_routes(
+            router,
+            server.sglang_deliveries,
+            server.destination_policy,
+            server.keys.client,
+            server.timeout_s(None),
+            mooncake=server.settings.mooncake_host is not None,
+        )
     return router

@@ -46,6 +46,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     embedding_port: Port | Annotated[list[Port], msgspec.Meta(min_length=1, max_length=MAX_PORTS)] | None = None
     delivery: Literal["ec_store", "cache"] | None = None
     frames: Literal["native", "sglang"] | None = None
+    transport: Literal["zmq", "nixl"] | None = None
     timeout_s: Seconds | None = None
     model: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
     pool: Literal["mean", "cls", "model"] | None = None

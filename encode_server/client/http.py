@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -138,13 +138,18 @@ class EncodeClient:
         num_parts: int = 1,
         part_idx: int = 0,
         timeout_s: float | None = None,
+        transport: Literal["zmq", "nixl"] = "zmq",
     ) -> Delivered:
         """Has the embedding of `media` pushed to `tcp://prefill_host:embedding_port`, an `EmbeddingReceiver`'s address.
 
-        Returns once the server has handed it over. The other arguments are those of `encode`.
+        Returns once the server has handed it over. `transport` "nixl": an `EmbeddingReceiver(nixl=True)` reads the
+        embedding out of the server's memory; a server without NIXL pushes it as usual. The other arguments are those
+        of `encode`.
         """
         fields = _fields(modality, req_id, num_parts, part_idx)
         fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port, "frames": "native"}
+        if transport != "zmq":
+            fields["transport"] = transport
         return await self._deliver(media, fields, timeout_s)
 
     async def store(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,6 +19,7 @@ from encode_server.pipeline.cache import CacheKey, EmbeddingCache
 from encode_server.pipeline.jobs import Job
 from encode_server.pipeline.pooling import pooled
 from encode_server.pipeline.request import EncodeRequest, MediaItem
+from encode_server.pipeline.shared.cache import SharedCache
 from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
@@ -29,6 +31,8 @@ from encode_server.wire.modality import Modality
 from encode_server.wire.pools import POOLED_TOKENS, Pool
 from encode_server.wire.preparers import PreparedItem
 from encode_server.wire.ranks import EncoderInfo
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Preparers(Protocol):
@@ -60,13 +64,16 @@ class Route:
     """What a request passes on its way. A health probe has a route of its own: no cache, a thread that each preparer
     keeps for probes, room of its own in the arena, the next turn in the queue, and no trace in the stages' metrics.
 
-    `cache` None: every item is encoded. `metrics` None: nothing is observed. `tracing` None: nothing is traced.
-    `group`: the only group of ranks that is to encode.
+    `cache` None: every item is encoded. `shared` None: no other server is asked for an embedding. `metrics` None:
+    nothing is observed. `tracing` None: nothing is traced. `trusting`: a caller who names the digest of media gets what
+    is known for that digest, without showing the media. `group`: the only group of ranks that is to encode.
     """
 
     cache: EmbeddingCache | None
     metrics: Metrics | None
     tracing: Tracing | None = None
+    shared: SharedCache | None = None
+    trusting: bool = False
     express: bool = False
     group: int | None = None
 
@@ -107,7 +114,7 @@ class Pipeline:
             raise BadRequest(
                 f"pool is {pool.value!r}, which this model lacks for {request.modality}; it has: {', '.join(there)}"
             )
-        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
+        dim = _dim(info, request.modality, pool)
         if len(request.items) == 1:
             items = [await self._encode_item(request, route, 0, request.items[0])]
         else:
@@ -132,6 +139,8 @@ class Pipeline:
             raise (error.about_item(index) if error.status < 500 else error) from None
 
     async def _encode_cached(self, request: EncodeRequest, route: Route, item: MediaItem) -> EncodedItem:
+        if route.trusting and (found := await self._claimed(request, route, item)) is not None:
+            return found
         clock = _StageClock(request, route)
         media = await self._fetch(request, item)
         clock.lap("fetch")
@@ -142,11 +151,36 @@ class Pipeline:
         if route.cache is None:
             return await self._compute(request, route, item, media, digest)
         key = CacheKey(request.modality, digest, item.options)
-        kept, cached = await route.cache.get(key, lambda: self._compute(request, route, item, media, digest))
-        if not cached:
-            return kept
-        request.share(kept.data)
-        return replace(kept, info=msgspec.structs.replace(kept.info, cached=True))
+        computed = False
+
+        async def compute() -> EncodedItem:
+            nonlocal computed
+            info = await self._engine.until_ready()
+            kind = info.dtype, _dim(info, request.modality, item.options.pool)
+            if route.shared is not None and (found := await route.shared.get(key, *kind)) is not None:
+                return found
+            computed = True
+            ours = await self._compute(request, route, item, media, digest)
+            if route.shared is not None:
+                route.shared.put(key, ours, *kind)
+            return ours
+
+        kept, _ = await route.cache.get(key, compute)
+        return kept if computed else _shared(request, item, kept)
+
+    async def _claimed(self, request: EncodeRequest, route: Route, item: MediaItem) -> EncodedItem | None:
+        """What is known for the digest that the caller names. Everything kept was kept under a digest computed here or
+        by another server, so a wrong claim gives its caller a wrong embedding, and nobody else."""
+        claim = (item.content_hash or "").lower()
+        if route.cache is None or not DIGEST.fullmatch(claim):
+            return None
+        key = CacheKey(request.modality, claim, item.options)
+        if (kept := await route.cache.find(key)) is None and route.shared is not None:
+            info = await self._engine.until_ready()
+            dim = _dim(info, request.modality, item.options.pool)
+            if (kept := await route.shared.get(key, info.dtype, dim)) is not None:
+                route.cache.keep(key, kept)
+        return None if kept is None else _shared(request, item, kept)
 
     async def _fetch(self, request: EncodeRequest, item: MediaItem) -> bytes:
         if isinstance(item.source, bytes):
@@ -160,7 +194,7 @@ class Pipeline:
         clock = _StageClock(request, route)
         info = await self._engine.until_ready(route.group)
         pool = item.options.pool
-        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
+        dim = _dim(info, request.modality, pool)
         job = Job(
             self._arena,
             request.modality,
@@ -187,6 +221,7 @@ class Pipeline:
             request.weigh(tokens=prepared.cost - weighed)
             weighed = prepared.cost
             expect(embedding_bytes(prepared.tokens, dim, info.dtype))
+            request.has_rows(item, prepared.tokens if pool is None else 1)
             return await job.acquire(prepared, dim, info.dtype)
 
         try:
@@ -244,6 +279,18 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
     forward_s = job.ended_at - job.began_at
     tracing.stage("queue", job.queue_s, ended_s_ago=ago + forward_s)
     tracing.stage("forward", forward_s, ended_s_ago=ago, links=job.batches)
+
+
+def _dim(info: EncoderInfo, modality: Modality, pool: Pool | None) -> int:
+    """The width of an embedding."""
+    return info.pooled[modality] if pool is Pool.MODEL else info.dims[modality]
+
+
+def _shared(request: EncodeRequest, item: MediaItem, kept: EncodedItem) -> EncodedItem:
+    """An embedding that was not made for this request, charged to the request."""
+    request.has_rows(item, kept.info.tokens)
+    request.share(kept.data)
+    return replace(kept, info=msgspec.structs.replace(kept.info, cached=True))
 
 
 def _digest(data: bytes) -> str:

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 
 from encode_server.delivery.base import Part
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
@@ -111,6 +112,8 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
         try:
             async with caller.until_gone(), _until(request.deadline):
                 destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
+                if destination is not None and destination.announce is not None:
+                    request.on_rows = partial(_announce, server, request, destination.announce)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
                 describe_request(tokens=record.tokens)
@@ -145,6 +148,13 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
             raise known from None
     server.metrics.items[request.modality].inc(len(encoded.items))
     server.metrics.tokens[request.modality].inc(record.tokens)
+
+
+def _announce(
+    server: Server, request: EncodeRequest, announce: Callable[[str, int, int, str], None], rows: int
+) -> None:
+    if server.encoding is not None and (info := server.encoding.engine.info) is not None:
+        announce(request.req_id, rows, info.dims[request.modality], info.dtype)
 
 
 @contextlib.asynccontextmanager
