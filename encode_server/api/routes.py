@@ -13,9 +13,11 @@ from encode_server.api import answers
 from encode_server.api.encode import EncodeEndpoint
 from encode_server.api.profiles import add_profile_routes
 from encode_server.delivery.sglang.endpoints import add_sglang_routes
+from encode_server.page import page_routes
 from encode_server.runtime.pools import run
 from encode_server.service.info import server_info
 from encode_server.service.server import Server
+from encode_server.service.status import status
 
 
 def build_router(server: Server) -> APIRouter:
@@ -50,6 +52,14 @@ def build_router(server: Server) -> APIRouter:
         document = await run(server.pools.work, server_info, server)
         return Response(msgspec.json.encode(document), media_type=answers.JSON)
 
+    @router.get("/status", summary="State, bounds and the last quarter of an hour")
+    async def show_status(request: Request) -> Response:
+        server.keys.client(request)
+        document = msgspec.json.encode(status(server))
+        return Response(document, headers={"Cache-Control": "no-store"}, media_type=answers.JSON)
+
+    if server.settings.page == "on":
+        router.routes.extend(page_routes())
     add_profile_routes(router, server)
     if server.settings.protocol == "sglang":
         add_sglang_routes(router, server.registrations, server.destination_policy, server.keys.client)

@@ -9,12 +9,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from encode_server.client.encoders import Encoder
+from encode_server.route.history import RouteHistory
 from encode_server.telemetry.logs import quoted
 
 request_log = logging.getLogger("encode_server.requests")
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
-UNLOGGED = frozenset({"/livez", "/readyz", "/health", "/health_generate", "/metrics", "/list_encoder_urls"})
+UNLOGGED = frozenset({"/livez", "/readyz", "/health", "/health_generate", "/metrics", "/status", "/list_encoder_urls"})
+PAGE = "/page/"  # its files are not worth a line each
 KNOWN = frozenset({"/encode", "/scheduler_receive_url", "/v1/chat/completions", "/register_encoder_url"})
 NOTES = "encode_server.notes"
 
@@ -66,8 +68,8 @@ def note(scope: Scope, **fields: object) -> None:
 class Observed:
     """ASGI middleware: counts each request and logs it when the last byte of its answer has gone, or its caller has."""
 
-    def __init__(self, app: ASGIApp, metrics: RouteMetrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: RouteMetrics, history: RouteHistory) -> None:
+        self._app, self._metrics, self._history = app, metrics, history
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -91,7 +93,8 @@ class Observed:
             label = path if path in KNOWN or path in UNLOGGED else "other"
             self._metrics.requests.labels(label, str(status)).inc()
             self._metrics.seconds.labels(label).observe(seconds)
-            if path not in UNLOGGED:
+            if path not in UNLOGGED and not path.startswith(PAGE):
+                self._history.end_request(scope["method"], path, status, seconds)
                 notes = "".join(f" {name}={quoted(str(value))}" for name, value in scope.get(NOTES, {}).items())
                 request_log.info(
                     "%s %s status=%d total=%.1fms%s", scope["method"], quoted(path[:200]), status, seconds * 1000, notes

@@ -70,6 +70,14 @@ def test_embeddings_are_in_place_when_the_engine_is_asked(fleet, engine, route):
     assert forwarded == body, "nothing but the names was added"
 
 
+def test_its_page_shows_the_encoders(fleet, route):
+    document = httpx.get(route + "/status", timeout=10).json()
+    assert [row["url"] for row in document["encoders"]] == fleet.urls
+    assert all(row["healthy"] and row["source"] == "options" for row in document["encoders"])
+    assert document["verdict"]["level"] == "well" and document["engine"] is True
+    assert "<title>" in httpx.get(route + "/", timeout=10).text
+
+
 def test_names_follow_content_and_the_callers_uuid(fleet, engine, route):
     first, second = png(64, 64, 22), png(64, 64, 23)
     post(route, chat(image(first), image(second), image(first)))

@@ -43,7 +43,10 @@ def test_it_says_what_it_is_and_drains_before_it_leaves(checkpoint, tmp_path, pi
         assert systemd.recv(100) == b"READY=1"
         assert "ENCODE_SERVER_PREPROC_WORKER is no option, did you mean ENCODE_SERVER_PREPROC_WORKERS?" in server.log
 
-        assert status(server, "/server_info") == 401
+        assert status(server, "/server_info") == 401 and status(server, "/status") == 401
+        assert status(server, "/") == 200, "the page has nothing of the server's: it asks for a key"
+        shown = httpx.get(server.base_url + "/status", headers=KEY, timeout=10)
+        assert shown.json()["verdict"]["level"] == "well" and "very-secret" not in shown.text
         info = httpx.get(server.base_url + "/server_info", headers=KEY, timeout=10)
         document = info.json()
         assert document["version"] == __version__ and document["state"] == "ready"
