@@ -221,8 +221,6 @@ def _of_the_history() -> Iterable[Bound]:
     where = "telemetry/history.py"
     yield Bound("time that `/status` looks back", where, int(history.SLOT_S * history.SLOTS), "s", "the oldest goes")
     yield Bound("slow requests kept", where, history.SLOTS * history.SLOWEST, "", "the fastest go")
-    yield Bound(
-        "kinds of failures kept, of the server, of callers", where, history.FAILURES, "each", "the oldest go"
-    )
+    yield Bound("kinds of failures kept, of the server, of callers", where, history.FAILURES, "each", "the oldest go")
     yield Bound("destinations kept", where, history.DESTINATIONS, "", "the one used least recently goes")
     yield Bound("a message, a name that is kept", where, history.MAX_TEXT, "characters", "cut")

@@ -1,4 +1,4 @@
-"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | route`."""
+"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | plan | route`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
+from encode_server.bench.arguments import add_plan_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
 from encode_server.runtime.forkserver import Launched, launch
@@ -65,6 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
     bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
     add_bench_arguments(bench)
+
+    plan = commands.add_parser("plan", help="say how many servers a load takes, from what a bench measured on one")
+    add_plan_arguments(plan)
 
     route = commands.add_parser("route", help="proxy before vLLM: media to encode servers, the rest to the engine")
     add_route_options(route)
@@ -123,6 +127,10 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
         from encode_server.bench.command import run
 
         return run(options)
+    if command == "plan":
+        from encode_server.bench.plan import run as run_plan
+
+        return run_plan(options)
     if command == "route":
         from encode_server.route.serve import serve_route
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from encode_server import __version__
+from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.losses import Losses
 from encode_server.service.judgement import observe
 from encode_server.settings import option_name
@@ -51,9 +52,23 @@ class Waiting(msgspec.Struct, frozen=True):
     backlog_s: float
 
 
+class Capacity(msgspec.Struct, frozen=True):
+    """What the server works with, for whoever plans more of them. `at_once`: forwards side by side. `batch_cost`,
+    `budgets`: patches and mel frames of a batch, see `wire.ranks.EncoderInfo` and the options. `costs`: seconds of a
+    forward as such, of a patch, of a pair of patches, by modality; None until learnt."""
+
+    cores: int
+    tp: int
+    preparer_threads: int
+    at_once: int
+    batch_cost: int | None
+    budgets: dict[str, int]
+    costs: dict[str, tuple[float, float, float] | None]
+
+
 class Status(msgspec.Struct, frozen=True):
     """A server, and its last quarter of an hour. `now` and `started_at`: Unix time. `modalities` is empty, `dtype` and
-    `device` are None until the encoder is loaded."""
+    `device`, `capacity` are None until the encoder is loaded."""
 
     version: str
     model: str
@@ -68,6 +83,7 @@ class Status(msgspec.Struct, frozen=True):
     preparers: list[Process]
     levels: list[Level]
     waiting: Waiting
+    capacity: Capacity | None
     stages: list[StageTimes]
     timeline: Timeline
     failures: list[Failure]
@@ -100,6 +116,7 @@ def status(server: Server) -> Status:
             batches=encoding.batcher.in_flight if encoding is not None else 0,
             backlog_s=round(server.load().backlog_s, 3),
         ),
+        capacity=_capacity(server),
         stages=history.stages(),
         timeline=history.timeline(),
         failures=history.failures(),
@@ -125,6 +142,21 @@ def _preparers(server: Server) -> list[Process]:
     preparers = server.encoding.preparers
     found = zip(preparers.states, preparers.pids, preparers.losses, strict=True)
     return [Process(index, state, pid, losses) for index, (state, pid, losses) in enumerate(found)]
+
+
+def _capacity(server: Server) -> Capacity | None:
+    if (encoding := server.encoding) is None or (info := encoding.engine.info) is None:
+        return None
+    costs = encoding.batcher.costs
+    return Capacity(
+        cores=usable_cores(),
+        tp=server.settings.tp,
+        preparer_threads=encoding.preparers.threads,
+        at_once=info.at_once,
+        batch_cost=info.batch_cost,
+        budgets={str(modality): encoding.batcher.budget(modality) for modality in costs},
+        costs={str(modality): cost.parts for modality, cost in costs.items()},
+    )
 
 
 def _levels(server: Server) -> Iterable[Level]:
