@@ -28,7 +28,7 @@ from encode_server.route.history import RouteHistory
 from encode_server.route.options import RouteOptions
 from encode_server.route.sglang import SGLangFace
 from encode_server.route.status import route_status
-from encode_server.route.telemetry import Observed, RouteMetrics
+from encode_server.route.telemetry import Observed, PassesOn, RouteMetrics
 from encode_server.runtime.bodies import declared_length, from_json, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.service.keys import ApiKeys
@@ -250,6 +250,7 @@ def create_route_app(options: RouteOptions) -> FastAPI:
             yield
 
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
+    app.add_middleware(PassesOn)
     app.add_middleware(RequestIds)
     app.add_api_route("/v1/chat/completions", router.chat, methods=["POST"], response_model=None)
     app.add_api_route("/health", router.health, methods=["GET"])

@@ -6,11 +6,15 @@ import logging
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from encode_server.client.encoders import Encoder
+from encode_server.client.passed_on import pass_on
 from encode_server.route.history import RouteHistory
+from encode_server.telemetry.ids import current_ids
 from encode_server.telemetry.logs import quoted
+from encode_server.telemetry.request_ids import HEADER
 
 request_log = logging.getLogger("encode_server.requests")
 
@@ -19,6 +23,7 @@ UNLOGGED = frozenset({"/livez", "/readyz", "/health", "/health_generate", "/metr
 PAGE = "/page/"  # its files are not worth a line each
 KNOWN = frozenset({"/encode", "/scheduler_receive_url", "/v1/chat/completions", "/register_encoder_url"})
 NOTES = "encode_server.notes"
+TRACE = ("traceparent", "tracestate", "baggage")
 
 
 class RouteMetrics:
@@ -58,6 +63,28 @@ class RouteMetrics:
             self.encoder_items.labels(encoder.url).set(encoder.in_flight)
             self.encoder_backlog.labels(encoder.url).set(encoder.work.seconds)
         return generate_latest(self.registry)
+
+
+def _pass_on_trace(scope: Scope) -> None:
+    """Have the encoders see the caller's trace, with its state and baggage untouched, and the request's id."""
+    headers, ids = Headers(scope=scope), current_ids()
+    if ids is None:
+        return
+    trace = {name: headers[name] for name in TRACE if name in headers} if ids.trace_id is not None else {}
+    pass_on({HEADER: ids.request_id} | trace)
+
+
+class PassesOn:
+    """ASGI middleware, to be called below `RequestIds`, which names the request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http":
+            _pass_on_trace(scope)
+        await self._app(scope, receive, send)
 
 
 def note(scope: Scope, **fields: object) -> None:
