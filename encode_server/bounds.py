@@ -22,6 +22,7 @@ from encode_server.prepare import preparers
 from encode_server.runtime import bodies
 from encode_server.runtime.connections import ConnectionLimits
 from encode_server.settings import Settings, option_name
+from encode_server.telemetry import history
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def bounds(settings: Settings) -> list[Bound]:
         *_of_requests(settings),
         *_of_media(settings),
         *_of_deliveries(settings),
+        *_of_the_history(),
     ]
 
 
@@ -249,3 +251,12 @@ def _of_deliveries(s: Settings) -> Iterable[Bound]:
         "ec_store_gb",
     )
     yield Bound("stored embeddings, their number", "delivery/folder.py", folder.MAX_ENTRIES, "", "the oldest go; 507")
+
+
+def _of_the_history() -> Iterable[Bound]:
+    where = "telemetry/history.py"
+    yield Bound("time that `/status` looks back", where, int(history.SLOT_S * history.SLOTS), "s", "the oldest goes")
+    yield Bound("slow requests kept", where, history.SLOTS * history.SLOWEST, "", "the fastest go")
+    yield Bound("kinds of failures kept, of the server, of callers", where, history.FAILURES, "each", "the oldest go")
+    yield Bound("destinations kept", where, history.DESTINATIONS, "", "the one used least recently goes")
+    yield Bound("a message, a name that is kept", where, history.MAX_TEXT, "characters", "cut")

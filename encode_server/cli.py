@@ -1,4 +1,5 @@
-"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | route`."""
+"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | plan | route |
+support-bundle`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
+from encode_server.bench.arguments import add_plan_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
 from encode_server.runtime.forkserver import Launched, launch
@@ -73,6 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
     add_bench_arguments(bench)
 
+    plan = commands.add_parser("plan", help="say how many servers a load takes, from what a bench measured on one")
+    add_plan_arguments(plan)
+
+    bundle = commands.add_parser("support-bundle", help="write what a report of a fault needs to one file")
+    bundle.add_argument("url", metavar="URL", help="the server, e.g. http://127.0.0.1:30000")
+    bundle.add_argument("--output", type=Path, metavar="FILE", help="[encode-server-DATE.tar.gz]")
+    bundle.add_argument("--log", type=Path, metavar="FILE", help="the server's log, of which the end is taken")
+    bundle.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
+
     route = commands.add_parser("route", help="proxy before vLLM: media to encode servers, the rest to the engine")
     add_route_options(route)
 
@@ -131,6 +142,14 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
         from encode_server.bench.command import run
 
         return run(options)
+    if command == "plan":
+        from encode_server.bench.plan import run as run_plan
+
+        return run_plan(options)
+    if command == "support-bundle":
+        from encode_server.support import run as write_bundle
+
+        return write_bundle(options)
     if command == "route":
         from encode_server.route.serve import serve_route
 

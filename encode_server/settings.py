@@ -85,6 +85,9 @@ class Settings(BaseSettings):
         description="keys of which all but probes, metrics and docs want one as `Authorization: Bearer`; better set by "
         "the variable",
     )
+    page: Literal["on", "off"] = Field(
+        "on", description="the page at `/`; what it shows, `/status`, wants an API key, if there are any"
+    )
     ssl_certfile: str | None = Field(None, description="certificate chain in PEM: serve HTTPS")
     ssl_keyfile: str | None = Field(None, description="its private key in PEM")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from encode_server.errors import BadRequest
+from encode_server.service.status import Status
 from encode_server.wire.answers import Answer, Delivered, ErrorAnswer
 from encode_server.wire.modality import Modality
 
@@ -110,6 +111,6 @@ class EmbeddingsAnswer(msgspec.Struct, kw_only=True):
 
 def openapi_components() -> tuple[dict[str, Any], dict[str, Any]]:
     """References by type name, and the JSON schemas they point to."""
-    types = (EncodeBody, EmbeddingsBody, Answer, EmbeddingsAnswer, Delivered, ErrorAnswer)
+    types = (EncodeBody, EmbeddingsBody, Answer, EmbeddingsAnswer, Delivered, ErrorAnswer, Status)
     references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     return dict(zip((t.__name__ for t in types), references, strict=True)), components

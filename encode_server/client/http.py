@@ -14,6 +14,7 @@ from encode_server.client.answers import error_from, from_json, from_safetensors
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
 from encode_server.client.media import Media, Piece, items_json
+from encode_server.client.passed_on import passed_on
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
 
@@ -220,7 +221,7 @@ class EncodeClient:
         import httpx
 
         body = bytearray()
-        headers = headers | {"Accept-Encoding": "identity"}
+        headers = {**passed_on(), **headers, "Accept-Encoding": "identity"}
         try:
             async with (
                 asyncio.timeout(limit),

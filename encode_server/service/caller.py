@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -46,6 +47,13 @@ class Ask:
             return "cache"
         return "answer" if self.prefill_host is None else "push"
 
+    @property
+    def target(self) -> str | None:
+        """The destination by name, for those who look after it; None where the embedding goes to no other process."""
+        if self.prefill_host is None:
+            return "store" if self.stored else None
+        return f"{self.prefill_host}:{self.embedding_port}" if type(self.embedding_port) is int else self.prefill_host
+
 
 class Caller(Protocol):
     """One request's transport. Everything that is sent to the caller is sent by these methods, once."""
@@ -64,6 +72,9 @@ class Caller(Protocol):
 
     item_tokens: int | None
     """Encoder tokens that each of the request's items cost on average, once that is known: the answer says so."""
+
+    stages: Mapping[str, float]
+    """Seconds by stage, as far as the request has come: the answer says so."""
 
     async def read(self, charge: Charge) -> Ask:
         """Read and parse the body, charging what arrives before it is kept. Raises EncodeError, CallerGone."""

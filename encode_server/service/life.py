@@ -40,7 +40,8 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             ask = await _read(server, caller, ticket, arrived)
             req_id = ask.req_id or new_req_id()
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
-            record.destination = ask.destination
+            record.destination, record.target = ask.destination, ask.target
+            caller.stages = record.stages
             describe_request(req_id=req_id, modality=ask.modality, items=len(ask.items), destination=ask.destination)
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
             most = server.settings.max_answer_mb << 20
@@ -52,6 +53,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
         let_go(gone)
     except EncodeError as error:
         outcome = error.code
+        record.fail(error)
         describe_request(outcome=outcome)
         if error.bound is not None:
             server.metrics.refusals[error.bound].inc()
@@ -59,7 +61,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             await caller.refuse(error, record.req_id)
         let_go(error)
     record.stages["total"] = time.perf_counter() - started
-    note_end(server.metrics, record, outcome)
+    note_end(server.metrics, server.history, record, outcome)
 
 
 @contextlib.asynccontextmanager

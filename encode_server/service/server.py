@@ -54,8 +54,10 @@ from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
 from encode_server.service.gauges import show_gauges
+from encode_server.service.judgement import keep_watch
 from encode_server.service.keys import ApiKeys
 from encode_server.settings import PRELOAD, Settings, preload_argument
+from encode_server.telemetry.history import History
 from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing
 from encode_server.wire.checkpoint import Inspection
@@ -98,9 +100,10 @@ class Server:
         self.settings, self.tracing = settings, tracing
         self._launched = launched
         self.metrics = Metrics(__version__, settings.dp)
+        self.history = History()
+        self.started_at = time.time()
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
-        self.created = int(time.time())  # for clients that ask when a model came to be
         self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
@@ -201,6 +204,11 @@ class Server:
             await asyncio.sleep(self.settings.drain_s)
         self._draining = True
         self._changes.announce()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the server has been told to end."""
+        return self._leaving
 
     @property
     def model_name(self) -> str:
@@ -331,6 +339,7 @@ class Server:
                 try:
                     async with asyncio.TaskGroup() as group:
                         group.create_task(self._watch_lag())
+                        group.create_task(keep_watch(self))
                         if store is not None:
                             group.create_task(store.run())
                         encoding = self._build(await self._inspect(forkserver), forkserver, source)

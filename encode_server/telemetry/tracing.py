@@ -18,7 +18,7 @@ from opentelemetry.trace import Link, Span, SpanContext, Status, StatusCode, Tra
 
 from encode_server.errors import StartupError
 
-PROBES = frozenset({"/health", "/health_generate", "/livez", "/readyz", "/metrics"})
+PROBES = frozenset({"/health", "/health_generate", "/livez", "/readyz", "/metrics", "/status"})
 FLUSH_S = 2.0  # longest wait at the end for a collector that does not answer
 
 Value = str | int | float | bool
