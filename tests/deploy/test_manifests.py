@@ -103,6 +103,14 @@ def test_selectors_find_the_pods_and_only_them(rendered):
         assert selector and selector.items() <= labels.items()
 
 
+def test_clients_and_prefills_need_no_label_of_the_encoders(rendered):
+    policy = rendered["NetworkPolicy"]["spec"]
+    peers = [peer for rule in policy["ingress"] for peer in rule["from"]]
+    peers += [peer for rule in policy["egress"] for peer in rule["to"]]
+    named = [peer["podSelector"]["matchLabels"] for peer in peers if "podSelector" in peer]
+    assert named == [{"encode-server/client": "true"}, {"encode-server/prefill": "true"}]
+
+
 def test_the_pod_outlives_its_requests(rendered, tmp_path):
     (text,) = rendered["ConfigMap"]["data"].values()
     (tmp_path / "options.toml").write_text(text)
