@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+from encode_server.client.encoders import Choice
 from encode_server.cluster.door import Door
 from encode_server.cluster.encoder import EncoderReplica
 from encode_server.cluster.router import ContentRouter
@@ -35,7 +36,11 @@ class Arguments(BaseModel):
     cpus: float = Field(1.0, ge=0, description="cores that Ray counts for a replica")
     gpus: int | None = Field(None, ge=0, description="GPUs of a replica, on one node; by default one per rank")
     retry_s: float = Field(60.0, ge=0, description="how long a request is tried again while encoders are lost")
+    choice: Choice = Field("content", description="`least_loaded`: content does not count, only work does")
     doors: int = Field(1, ge=1, description="replicas of the door, each on a node of its own")
+    door_resources: dict[str, float] = Field(
+        {}, description="resources that the door asks of its node, so that it stands on nodes that stay"
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Arguments:
@@ -82,5 +87,5 @@ def build(args: Arguments) -> Application:
         num_replicas=args.doors,
         max_replicas_per_node=1,
         max_ongoing_requests=settings.max_requests * args.max_replicas,
-        ray_actor_options={"num_cpus": 0},
-    ).bind(encoder, settings.max_body_mb << 20, args.retry_s)
+        ray_actor_options={"num_cpus": 0, "resources": args.door_resources},
+    ).bind(encoder, settings.max_body_mb << 20, args.retry_s, args.choice == "content")

@@ -11,13 +11,15 @@ from hashlib import blake2b
 from typing import Any
 
 import msgspec
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from encode_server.api.answers import error_answer
 from encode_server.client.affinity import item_key
+from encode_server.cluster.metrics import merged
 from encode_server.errors import EncodeError, NotReady
 from encode_server.runtime.bodies import read_all
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 HELD_BYTES = 64 << 20  # an answer up to this size is held until it is whole, so that a lost encoder can be replaced
 PAUSE_S = 0.2
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+UNAVAILABLE = 503  # the answer of an encoder that is leaving, or whose ranks are being restarted
 IN_THREAD_BYTES = 1 << 20  # reading a body of this size takes some milliseconds
 
 
@@ -35,11 +39,12 @@ class _Items(msgspec.Struct):
 class Door:
     """The ingress deployment. One runs on each node, so that a request's body crosses the network once."""
 
-    def __init__(self, encoders: DeploymentHandle, max_body_bytes: int, retry_s: float) -> None:
-        """`retry_s`: how long a request is tried again while encoders are lost."""
+    def __init__(self, encoders: DeploymentHandle, max_body_bytes: int, retry_s: float, by_content: bool) -> None:
+        """`retry_s`: how long a request is tried again while encoders are lost. `by_content`: whether the same content
+        goes to the same encoder."""
         self._encoders = encoders.options(stream=True, method_name="handle")
         self._all = encoders
-        self._max_body_bytes, self._retry_s = max_body_bytes, retry_s
+        self._max_body_bytes, self._retry_s, self._by_content = max_body_bytes, retry_s, by_content
 
     async def __call__(self, request: Request) -> Response:
         """Answer as one encoder would."""
@@ -56,8 +61,10 @@ class Door:
 
     async def _answer(self, scope: dict[str, Any], body: bytes) -> Response:
         """Ask an encoder; ask another one while encoders are lost before their answer is whole."""
-        key = await asyncio.to_thread(content_key, body) if len(body) > IN_THREAD_BYTES else content_key(body)
-        encoders = self._encoders.options(session_id=key) if key else self._encoders
+        encoders = self._encoders
+        if self._by_content and body:
+            key = await asyncio.to_thread(content_key, body) if len(body) > IN_THREAD_BYTES else content_key(body)
+            encoders = encoders.options(session_id=key)
         deadline = time.monotonic() + self._retry_s
         while True:
             try:
@@ -68,35 +75,34 @@ class Door:
                     nbytes += len(pieces[-1])
                     if nbytes > HELD_BYTES:
                         break
-                break
-            except RayActorError as lost:
+                if head["status"] != UNAVAILABLE or time.monotonic() > deadline:
+                    break
+            except RayTaskError:
+                raise  # a fault of the encoder's code, which another encoder has, too
+            except (RayError, DeploymentUnavailableError) as lost:
                 if time.monotonic() > deadline:
                     raise NotReady(f"encoders were lost for {self._retry_s:g} s") from None
                 log.warning("an encoder was lost, its request goes to another one: %s", type(lost).__name__)
-                await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(PAUSE_S)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in head["headers"]}
         if nbytes <= HELD_BYTES:
             return Response(b"".join(pieces), head["status"], headers)
         return StreamingResponse(_rest(pieces, messages), head["status"], headers)
 
     async def _metrics(self) -> Response:
-        """The metrics of every encoder, one after another, each under its process."""
-        texts = await self._all.broadcast("metrics").results_async()
-        return Response(b"\n".join(texts), media_type="text/plain")
+        """The metrics of every encoder."""
+        text = merged(dict(await self._all.broadcast("metrics").results_async()))
+        return Response(text, headers={"Content-Type": METRICS})
 
 
 def content_key(body: bytes) -> str:
-    """A name for what a request wants encoded; empty where the body has no media. Of several items the first counts:
-    the caches are per item, and a request goes to one encoder."""
-    if not body:
-        return ""
+    """A name for what a request wants encoded. Of several items the first counts: the caches are per item, and a
+    request goes to one encoder."""
     try:
         items = msgspec.json.decode(body, type=_Items).mm_items
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return blake2b(body, digest_size=16).hexdigest()  # a form, or something that the encoder will refuse
-    if not items:
-        return ""
-    first = items[0]
+    first = items[0] if items else ""
     content = first.get("content_hash") or first.get("url") if isinstance(first, dict) else first
     return item_key(str(content)).hex()
 

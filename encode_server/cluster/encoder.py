@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -69,10 +70,10 @@ class EncoderReplica:
             answering.cancel()
             await asyncio.gather(answering, return_exceptions=True)
 
-    async def metrics(self) -> bytes:
-        """This replica's metrics in Prometheus' text format."""
+    async def metrics(self) -> tuple[str, str]:
+        """A name for this replica, and its metrics in Prometheus' text format."""
         text, _ = await self._server.render_metrics("")
-        return bytes(text)
+        return f"{socket.gethostname()}:{os.getpid()}", text.decode()
 
     async def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises: the server's own `/health`, which encodes."""
@@ -89,10 +90,6 @@ class EncoderReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the number of replicas is chosen by."""
         return {"backlog_s": self._server.load().backlog_s}
-
-    def pid(self) -> int:
-        """The process, for whoever looks from outside."""
-        return os.getpid()
 
     async def __del__(self) -> None:
         """Ray Serve calls this once, after the replica's last request."""
