@@ -134,6 +134,13 @@ class StartupError(Exception):
     """The server cannot start as asked. The message is one line for the operator; the process exits non-zero."""
 
 
+def first_of(error: BaseException) -> BaseException:
+    """The first error of an exception group, however deep the group is; any other error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for a message or a log line of one line; its type's name if it has none."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__

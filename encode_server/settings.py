@@ -45,11 +45,17 @@ class Settings(BaseSettings):
     model: str = Field("demo", description="checkpoint: a directory, a hub id, or `demo` (small, random weights)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     tp: int = Field(1, ge=1, le=64, description="tensor-parallel ranks, one device each")
+    dp: int = Field(1, ge=1, le=64, description="groups of --tp ranks side by side, each with the whole encoder")
     device: Literal["auto", "cuda", "cpu"] = Field(
-        "auto", description="where the ranks run; auto: CUDA when there is one"
+        "auto", description="where the ranks run; auto: on GPUs when there are some (cuda: ROCm's, too)"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's on CUDA, float32 on a CPU without fast bfloat16"
+    )
+
+    tf32: bool = Field(
+        False,
+        description="on a GPU, multiply float32 matrices in TF32, several times faster and less exact",
     )
 
     # HTTP.
@@ -104,7 +110,7 @@ class Settings(BaseSettings):
         60.0,
         gt=0,
         description="older forwards mean that the ranks hang; what a forward should take, once learnt, gives "
-        "a shorter limit",
+        "a limit of its own",
     )
     load_timeout_s: float = Field(900.0, gt=0, description="longest time the ranks may take to load")
     grace_s: float = Field(20.0, ge=0, description="after SIGTERM: time for accepted work to finish")

@@ -16,15 +16,17 @@ from starlette.requests import Request
 from encode_server.api.schemas import EncodeBody, ItemBody
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
-from encode_server.runtime.bodies import chunks, declared_length, from_json, read_all
+from encode_server.runtime.bodies import chunks, declared_length, read_all
 from encode_server.runtime.charge import Charge
+from encode_server.runtime.outline import Outline, OutlineLimits, outline
 from encode_server.runtime.pools import Pace, run, run_sized
 from encode_server.service.caller import Ask
 from encode_server.wire.items import ItemOptions
 
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
-COUNTED = 1 << 20  # bytes
-MAX_VALUES = 1_000_000  # in a JSON body: decoding many more would hold the interpreter for seconds
+JSON_BYTES = 1 << 20  # of a JSON body beside its media: decoding them holds the interpreter for some milliseconds
+ITEM_BYTES = 4 << 10  # of them, for each item: two names, options, the URL or what stands for the media
+ITEM_STRINGS = 64
 
 
 class _InMemory(MultiPartParser):
@@ -42,6 +44,11 @@ class BodyLimits:
     least_rate: int
 
 
+def json_limits(max_items: int) -> OutlineLimits:
+    """What a JSON body may hold beside its media."""
+    return OutlineLimits(max(JSON_BYTES, ITEM_BYTES * max_items), ITEM_STRINGS * max(max_items, 64))
+
+
 async def read_encode(request: Request, pool: Executor, limits: BodyLimits, charge: Charge) -> Ask:
     """What the body of `POST /encode` asks for, each piece charged as it arrives.
 
@@ -57,9 +64,13 @@ async def read_encode(request: Request, pool: Executor, limits: BodyLimits, char
         _check_count(len(media), max_items)
         return _ask(body, media)
     raw = await read_all(request, max_bytes, limits.least_rate, charge)
-    body = await run_sized(pool, Pace.JSON, len(raw), _decode, raw)
-    _check_count(len(body.mm_items), max_items)
-    return _ask(body, [_media_item(item) for item in body.mm_items])
+    return await run_sized(pool, Pace.JSON, len(raw), _decode, raw, max_items)
+
+
+def _decode(raw: bytearray, max_items: int) -> Ask:
+    found = outline(raw, EncodeBody, json_limits(max_items))
+    _check_count(len(found.body.mm_items), max_items)
+    return _ask(found.body, [_media_item(item, found) for item in found.body.mm_items])
 
 
 def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
@@ -78,22 +89,19 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
     )
 
 
-def _decode(raw: bytearray) -> EncodeBody:
-    # In steps: each holds the interpreter until it returns, and the loop waits for the interpreter.
-    if sum(raw.count(b",", at, at + COUNTED) for at in range(0, len(raw), COUNTED)) > MAX_VALUES:
-        raise BadRequest(f"the body holds more than {MAX_VALUES} values")
-    return from_json(raw, EncodeBody)
-
-
 def _check_count(items: int, most: int) -> None:
     if items > most:
         raise BadRequest(f"mm_items holds {items} items, at most {most} are taken")
 
 
-def _media_item(item: str | ItemBody) -> MediaItem:
+def _media_item(item: str | ItemBody, found: Outline[EncodeBody]) -> MediaItem:
     if isinstance(item, str):
-        return MediaItem(item)
-    options = ItemOptions(
+        return MediaItem(found.text(item))
+    return MediaItem(found.text(item.url), _options(item), item.content_hash, item.uuid)
+
+
+def _options(item: ItemBody) -> ItemOptions:
+    return ItemOptions(
         min_pixels=item.min_pixels,
         max_pixels=item.max_pixels,
         fps=item.fps,
@@ -101,7 +109,6 @@ def _media_item(item: str | ItemBody) -> MediaItem:
         min_frames=item.min_frames,
         max_frames=item.max_frames,
     )
-    return MediaItem(item.url, options, item.content_hash, item.uuid)
 
 
 def _form_type(request: Request) -> Headers:
@@ -138,7 +145,7 @@ async def _read_form(
         shared = msgspec.convert(fields | {"url": ""}, ItemBody, strict=False)
     except msgspec.ValidationError as error:
         raise BadRequest(f"the form's fields are not those expected: {error}") from None
-    options = _media_item(shared).options
+    options = _options(shared)
     uuids, hashes = (_once_per_item(form, field, len(media)) for field in ("uuid", "content_hash"))
     return body, [MediaItem(*item) for item in zip(media, [options] * len(media), hashes, uuids, strict=True)]
 

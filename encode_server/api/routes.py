@@ -29,9 +29,10 @@ def build_router(server: Server) -> APIRouter:
         verdict = await server.health()
         return Response(msgspec.json.encode(verdict.document), 200 if verdict.healthy else 503, media_type=answers.JSON)
 
-    @router.get("/livez", summary="Whether the process answers")
-    async def livez() -> dict[str, str]:
-        return {"status": "alive", "version": __version__}
+    @router.get("/livez", summary="Whether the process answers, and can go on")
+    async def livez() -> Response:
+        document = {"status": "failed" if server.fatal else "alive", "version": __version__}
+        return Response(msgspec.json.encode(document), 503 if server.fatal else 200, media_type=answers.JSON)
 
     @router.get("/readyz", summary="Whether requests are taken")
     async def readyz() -> Response:

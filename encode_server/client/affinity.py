@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 
-from encode_server.client.media import Item, Media
+from encode_server.client.media import Item, Media, Written
 
 T = TypeVar("T")
 
@@ -17,16 +17,18 @@ SAMPLE_BYTES = 64 * 1024
 def item_key(media: Media) -> bytes:
     """A short name for an item's content. Of large contents only both ends and the size count: it is a hint."""
     digest = blake2b(digest_size=16)
-    if isinstance(media, Item):
-        if media.content_hash is not None:
-            return media.content_hash.encode()
-        media = media.media
-    if isinstance(media, Path):
-        media = str(media)
-    ends = (media[:SAMPLE_BYTES], media[-SAMPLE_BYTES:])
-    for end in ends:
+    source: Media | Written = media
+    if isinstance(source, Item):
+        if source.content_hash is not None:
+            return source.content_hash.encode()
+        source = source.media
+    if isinstance(source, Path):
+        source = str(source)
+    content = source.json[1:-1] if isinstance(source, Written) else source
+    assert not isinstance(content, Item | Path)
+    for end in (content[:SAMPLE_BYTES], content[-SAMPLE_BYTES:]):
         digest.update(end.encode(errors="replace") if isinstance(end, str) else end)
-    digest.update(len(media).to_bytes(8, "little"))
+    digest.update(len(content).to_bytes(8, "little"))
     return digest.digest()
 
 

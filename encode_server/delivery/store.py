@@ -72,8 +72,8 @@ class StoreDelivery:
         shape = (item.info.tokens, encoded.dim)
         metadata = {"model": encoded.model, "modality": str(encoded.modality), "content_hash": item.info.content_hash}
         there = self._folder.metadata(identifier)
-        same = ("model", "modality", "content_hash")
-        if there.get("model") == encoded.model and any(there.get(key) != metadata[key] for key in same):
+        other = any(there.get(key) != metadata[key] for key in ("modality", "content_hash"))
+        if there.get("model") == encoded.model and other:
             # Whoever can guess a uuid could put an embedding in the place of another's.
             raise Duplicate(f"uuid {identifier!r} is the name of other media in the store")
         head = tensor_head(TENSOR, encoded.dtype, shape, item.data.nbytes, metadata)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from io import BytesIO
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from encode_server.errors import BadMedia, TooLarge
 from encode_server.media.guard import decoding
-from encode_server.media.limits import MediaLimits
+from encode_server.media.limits import MediaLimits, Stopwatch
 
 # Formats that are always decoded: at most 0.07 s for a million pixels (2 cores, Pillow 13). Left out of both lists: EPS
 # (runs Ghostscript), WMF, PSD, and containers such as ICO whose inner images are larger than their header says.
@@ -25,6 +26,24 @@ _JPEG_SCANS = 16
 # progressive JPEG its coefficients. Measured: 4 to 10 for most, 20 for WebP, 12 for AVIF, 23 for JPEG 2000.
 _OTHER_BYTES_PER_PIXEL = 12
 _BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 16, "JPEG2000": 32}
+
+
+class _File(BytesIO):
+    """An image's bytes, for no more than `limits.image_reads` reads, and for no longer than a decode may take. Where
+    slow formats are allowed the reads have no bound: a decoder in Python reads byte by byte."""
+
+    def __init__(self, data: bytes, limits: MediaLimits) -> None:
+        super().__init__(data)
+        self._watch = Stopwatch(limits.decode_seconds)
+        self._reads, self._most = 0, math.inf if limits.slow_formats else limits.image_reads
+
+    def read(self, size: int | None = -1) -> bytes:
+        """See BytesIO. Raises TooLarge."""
+        self._reads += 1
+        if self._reads > self._most:
+            raise TooLarge(f"the image consists of too many parts: they take more than {self._most} reads")
+        self._watch.check()
+        return super().read(size)
 
 
 def decode_image(data: bytes, limits: MediaLimits) -> Image.Image:
@@ -62,7 +81,7 @@ def _open(data: bytes, limits: MediaLimits) -> ImageFile.ImageFile:
     """The image, its header read and checked, its pixels not decoded yet."""
     formats = FORMATS + SLOW_FORMATS if limits.slow_formats else FORMATS
     try:
-        image = Image.open(BytesIO(data), formats=formats)
+        image = Image.open(_File(data, limits), formats=formats)
     except UnidentifiedImageError as error:
         others = "" if limits.slow_formats else f"; with --media-formats all also {', '.join(SLOW_FORMATS)}"
         raise BadMedia(f"the image is in no format that is supported ({', '.join(formats)}{others})") from error

@@ -52,16 +52,34 @@ class Preprocessor:
             BadMedia: the bytes cannot be decoded, or the processor refuses what they hold.
             TooLarge: beyond a limit.
         """
-        if modality not in self.modalities:
-            has = ", ".join(sorted(self.modalities))
-            raise UnsupportedModality(f"this model does not encode {modality}; it encodes {has}")
         options = options or ItemOptions()
-        _check(options)
+        self._check(modality, options)
         if modality is Modality.IMAGE:
             return self._image(data, options, on_decoded)
         if modality is Modality.VIDEO:
             return self._video(data, options, on_decoded)
         return self._audio(data, on_decoded)
+
+    def decoded_bytes(self, modality: Modality, data: bytes, options: ItemOptions) -> int:
+        """The most bytes that decoding the item holds at any moment beside `data` itself, from its header alone.
+
+        An image's figure holds: the decode uses the same header. The headers of videos and of audio in MP4 or Matroska
+        can be wrong; the limits bound what such files take.
+
+        Raises what `prepare` raises for the same header.
+        """
+        self._check(modality, options)
+        if modality is Modality.IMAGE:
+            from encode_server.media.image import image_bytes
+
+            return image_bytes(data, self._limits)
+        if modality is Modality.VIDEO:
+            from encode_server.media.video import video_bytes
+
+            return video_bytes(data, self._chooser(options)[0], self._limits)
+        from encode_server.media.audio import audio_bytes
+
+        return audio_bytes(data, self._sampling_rate, self._limits)
 
     def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
         """Pieces of a large item that can be encoded apart, see `Family.split`."""
@@ -70,6 +88,12 @@ class Preprocessor:
     def probe(self, modality: Modality) -> bytes:
         """Tiny valid media for a health probe (`samples.probe_media`); every family makes at least one token of it."""
         return probe_media(modality)
+
+    def _check(self, modality: Modality, options: ItemOptions) -> None:
+        if modality not in self.modalities:
+            has = ", ".join(sorted(self.modalities))
+            raise UnsupportedModality(f"this model does not encode {modality}; it encodes {has}")
+        _check(options)
 
     def _image(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
         from encode_server.media.image import decode_image
@@ -88,20 +112,36 @@ class Preprocessor:
         from encode_server.media.audio import decode_audio
 
         extractor = self._processors[Modality.AUDIO]
-        samples = decode_audio(data, int(extractor.sampling_rate), self._limits)
+        samples = decode_audio(data, self._sampling_rate, self._limits)
         on_decoded()
         try:
             return self._family.prepare_audio(extractor, samples)
         except ValueError as error:
             raise BadMedia(f"the audio cannot be preprocessed: {first_line(error)}") from error
 
-    def _video(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
-        from transformers.video_utils import VideoMetadata
+    @property
+    def _sampling_rate(self) -> int:
+        """What audio is resampled to (Hz)."""
+        return int(self._processors[Modality.AUDIO].sampling_rate)
 
+    def _video(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
         from encode_server.media.video import decode_video
 
         processor = self._processors[Modality.VIDEO]
         sizing = self._sizing(processor, options)
+        choose, chosen_from = self._chooser(options)
+        frames, _ = decode_video(data, choose, self._limits)
+        on_decoded()
+        try:
+            return self._family.prepare_video(processor, frames, chosen_from(), sizing)
+        except ValueError as error:
+            raise BadMedia(f"the video cannot be preprocessed: {first_line(error)}") from error
+
+    def _chooser(self, options: ItemOptions) -> tuple[Callable[[VideoInfo], Sequence[int]], Callable[[], Any]]:
+        """What chooses a video's frames with these options, and what tells the metadata that were last chosen from."""
+        from transformers.video_utils import VideoMetadata
+
+        processor = self._processors[Modality.VIDEO]
         sampler, own = _with_frame_options(processor, options), self._family.sampling(processor)
         metadata = VideoMetadata(total_num_frames=0)
 
@@ -120,12 +160,7 @@ class Preprocessor:
             self._check_enlarged(processor, options, len(indices))
             return indices
 
-        frames, _ = decode_video(data, choose, self._limits)
-        on_decoded()
-        try:
-            return self._family.prepare_video(processor, frames, metadata, sizing)
-        except ValueError as error:
-            raise BadMedia(f"the video cannot be preprocessed: {first_line(error)}") from error
+        return choose, lambda: metadata
 
     def _sizing(self, processor: Any, options: ItemOptions) -> dict[str, Any]:
         """The processor's `size` argument for this call; a bound that isn't given gives way to one that is."""

@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 
 from encode_server.engine.arena import Arena
-from encode_server.errors import BadRequest, EncodeError, TooLarge, UnsupportedModality
+from encode_server.errors import BadRequest, EncodeError, TooLarge, UnsupportedModality, first_of
 from encode_server.media.sources import MediaSource
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
@@ -48,8 +48,9 @@ class Preparers(Protocol):
 class ReadyEngine(Protocol):
     """Whoever says what the ranks loaded, and waits until they have."""
 
-    async def until_ready(self) -> EncoderInfo:
-        """Return once forwards can be sent. Raises NotReady when they never will be."""
+    async def until_ready(self, group: int | None = None) -> EncoderInfo:
+        """Return once forwards can be sent. Raises NotReady when they never will be, or when `group`, the only one
+        that is to encode, takes none."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Route:
     keeps for probes, room of its own in the arena, the next turn in the queue, and no trace in the stages' metrics.
 
     `cache` None: every item is encoded. `metrics` None: nothing is observed. `tracing` None: nothing is traced.
+    `group`: the only group of ranks that is to encode.
     """
 
     cache: EmbeddingCache | None
     metrics: Metrics | None
     tracing: Tracing | None = None
     express: bool = False
+    group: int | None = None
 
 
 class Pipeline:
@@ -96,7 +99,7 @@ class Pipeline:
         if request.modality not in self.modalities:
             has = ", ".join(sorted(self.modalities))
             raise UnsupportedModality(f"this model has no encoder for {request.modality}, it takes: {has}")
-        info = await self._engine.until_ready()
+        info = await self._engine.until_ready(route.group)
         if len(request.items) == 1:
             items = [await self._encode_item(request, route, 0, request.items[0])]
         else:
@@ -111,7 +114,7 @@ class Pipeline:
                     for index, item in enumerate(request.items)
                 ]
         except* EncodeError as errors:
-            raise _first(errors) from None
+            raise first_of(errors) from None
         return [task.result() for task in tasks]
 
     async def _encode_item(self, request: EncodeRequest, route: Route, index: int, item: MediaItem) -> EncodedItem:
@@ -147,9 +150,16 @@ class Pipeline:
     ) -> EncodedItem:
         """Prepare and forward one item."""
         clock = _StageClock(request, route)
-        info = await self._engine.until_ready()
+        info = await self._engine.until_ready(route.group)
         dim = info.dims[request.modality]
-        job = Job(self._arena, request.modality, request.deadline, client=request.client, reserved=route.express)
+        job = Job(
+            self._arena,
+            request.modality,
+            request.deadline,
+            client=request.client,
+            reserved=route.express,
+            group=route.group,
+        )
         if route.tracing is not None:
             job.trace = recorded_context()
         weighed = expected = 0
@@ -224,11 +234,3 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
 
 def _digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def _first(errors: BaseExceptionGroup[EncodeError]) -> EncodeError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, EncodeError)
-    return error

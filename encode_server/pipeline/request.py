@@ -15,12 +15,18 @@ from encode_server.wire.modality import Modality
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One item of a request: a URL, data URI, base64 text, or the media bytes. `uuid`: its name in a store."""
+    """One item of a request: a URL, data URI, base64 text (a long one in pieces), or the media bytes. `uuid`: its name
+    in a store."""
 
-    source: str | bytes
+    source: str | tuple[str, ...] | bytes
     options: ItemOptions = field(default_factory=ItemOptions)
     content_hash: str | None = None
     uuid: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What the source takes of memory, about."""
+        return sum(map(len, self.source)) if isinstance(self.source, tuple) else len(self.source)
 
     def with_fps(self, fps: float) -> MediaItem:
         """The same, with so many frames per second where its options do not choose frames."""

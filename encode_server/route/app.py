@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import unquote
 
 import msgspec
@@ -16,31 +17,30 @@ from starlette.responses import Response
 
 from encode_server import __version__
 from encode_server.client import ClientError, EncoderPool, EncodeServerError, Item, Modality
+from encode_server.client.media import Piece
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.errors import BadRequest, EncodeError, NoRoute
 from encode_server.pipeline.admission import Admission, AdmissionLimits
-from encode_server.route.chat import media_items, media_parts, name_parts, renames
+from encode_server.route.chat import LIMITS, media_items, media_parts, name_parts, renames
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.fleet import Fleet
 from encode_server.route.options import RouteOptions
 from encode_server.route.sglang import SGLangFace
 from encode_server.route.telemetry import Observed, RouteMetrics
-from encode_server.runtime.bodies import declared_length, from_json, read_all
+from encode_server.runtime.bodies import declared_length, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.runtime.outline import Outline, outline
+from encode_server.runtime.pools import Pace, run_sized
 from encode_server.service.keys import ApiKeys
 from encode_server.telemetry.request_ids import RequestIds
 from encode_server.wire.names import PUSHED_PREFIX
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 MAX_ENCODED = 4  # layers of percent signs
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 LINGER_S = 1.0  # a prefill that has just read the list of encoders still sends a part here
-SMALL_BODY = 64 << 10  # decoded on the loop: less work than a change of threads
 
 
 class Router:
@@ -50,6 +50,7 @@ class Router:
         self._options = options
         self.port = options.port
         self.metrics = RouteMetrics()
+        self._pool = ThreadPoolExecutor(4, "work")
         self._engine = Engine(options.engine_url) if options.engine_url else None
         limits = AdmissionLimits(options.max_requests, options.max_inflight_mb << 20, 1, options.client_share)
         self._admission = Admission(limits)
@@ -70,6 +71,7 @@ class Router:
                 policy,
                 self.metrics,
                 timeout_s=options.encode_timeout_s,
+                pool=self._pool,
                 max_body_bytes=options.max_body_mb << 20,
                 max_waiting_bytes=options.max_waiting_mb << 20,
                 least_rate=options.least_rate_kb << 10,
@@ -87,6 +89,7 @@ class Router:
     async def running(self) -> AsyncIterator[None]:
         """Probe and look for encoders meanwhile; close the connections after it."""
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._pool.shutdown, wait=False, cancel_futures=True)
             if self._engine is not None:
                 stack.push_async_callback(self._engine.aclose)
             if self.sglang is not None:
@@ -166,11 +169,11 @@ class Router:
                     return refusal
                 options = self._options
                 raw = await read_all(request, options.max_body_mb << 20, options.least_rate_kb << 10, ticket.grow)
-                content = bytes(raw)
-                del raw
+                content: list[Piece] = [raw]
                 async with until_caller_goes(request):
                     if encode:
-                        content = await self._encoded(content)
+                        content = await self._encoded(raw)
+                    del raw  # `content` is emptied as the engine takes it
                     return await self._engine.forward(request.method, target, request.headers, content)
         except CallerGone:
             return Response(status_code=CALLER_GONE)
@@ -184,22 +187,25 @@ class Router:
             late = isinstance(error, TimeoutError)
             return error_response(504 if late else 502, "media could not be encoded: no encoder answered")
 
-    async def _encoded(self, content: bytes) -> bytes:
+    async def _encoded(self, raw: bytearray) -> list[Piece]:
         """The request with its media named, once their embeddings are where the engine looks for them."""
-        body: Any = await _maybe_threaded(len(content), from_json, content, object)
-        parts = media_parts(body)
+        size, unchanged = len(raw), [raw]
+        found: Outline[Any] = await run_sized(self._pool, Pace.JSON, size, outline, raw, object, LIMITS)
+        parts = media_parts(found)
         if not parts:
-            return content
-        if self.sglang is None and renames(body):
+            return [*unchanged]
+        if self.sglang is None and renames(found.body):
             log.warning("mm_processor_kwargs or media_io_kwargs given: the engine encodes this request's media itself")
-            return content
+            return [*unchanged]
         if self.sglang is not None:
-            await self._each(media_items(parts), self._encoders.warm)
-            return content
+            items = await run_sized(self._pool, Pace.HASH, size, media_items, parts)
+            await self._each(items, self._encoders.warm)
+            return [*unchanged]
         prefix = PUSHED_PREFIX if self._options.engine_receives else ""
-        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_fps, prefix)
+        named = await run_sized(self._pool, Pace.HASH, size, name_parts, parts, self._options.video_fps, prefix)
         await self._each(named, self._push if self._options.engine_receives else self._encoders.store)
-        return await _maybe_threaded(len(content), msgspec.json.encode, body)
+        document = await run_sized(self._pool, Pace.JSON, min(size, LIMITS.max_bytes), msgspec.json.encode, found.body)
+        return found.restored(document)
 
     async def _push(self, items: list[Item], modality: Modality) -> None:
         host, _, port = (self._options.engine_receives or "").rpartition(":")
@@ -260,9 +266,3 @@ def _target(request: Request) -> bytes:
             return bytes(raw)
         path = decoded
     raise BadRequest(f"the path is encoded more than {MAX_ENCODED} times")
-
-
-async def _maybe_threaded(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    if size >= SMALL_BODY:
-        return await asyncio.to_thread(function, *args, **kwargs)
-    return function(*args, **kwargs)

@@ -19,15 +19,16 @@ from encode_server.delivery.folder import EntryFolder
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
-from encode_server.delivery.sglang.frames import SGLangFrames
+from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S, SGLangFrames
 from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec
+from encode_server.engine.groups import RankGroups
 from encode_server.engine.profiling import Profiling
-from encode_server.engine.supervisor import Supervisor, SupervisorOptions
-from encode_server.errors import NotReady, StartupError
+from encode_server.engine.supervisor import SupervisorOptions
+from encode_server.errors import NotReady, StartupError, first_of
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
@@ -60,8 +61,8 @@ from encode_server.wire.preparers import Pickled, PreparerSetup
 log = logging.getLogger(__name__)
 
 LAG_INTERVAL_S = 0.25
-SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
 FORKSERVER_TRIES = 3
+PROBE_BYTES = 4 << 20  # of the arena, for the health probes of one group
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Encoding:
     """What exists once the checkpoint is known: everything between a request and its embedding."""
 
     model_name: str
-    engine: Supervisor
+    engine: RankGroups
     preparers: Preparers
     batcher: Batcher
     pipeline: Pipeline
@@ -89,7 +90,7 @@ class Server:
         where nothing is traced."""
         self.settings, self.tracing = settings, tracing
         self._launched = launched
-        self.metrics = Metrics(__version__)
+        self.metrics = Metrics(__version__, settings.dp)
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
         self.admission = Admission(_admission_limits(settings))
@@ -132,7 +133,7 @@ class Server:
             stack.callback(pools.close)
             if self.tracing is not None:
                 stack.push_async_callback(asyncio.to_thread, self.tracing.close)
-            self.arena = Arena(settings.arena_mb << 20)
+            self.arena = Arena(settings.arena_mb << 20, PROBE_BYTES * settings.dp)
             stack.callback(self.arena.close)
             source = MediaSource(settings.media_allow, settings.media_roots, self._limits, pools.work)
             stack.push_async_callback(source.aclose)
@@ -266,6 +267,9 @@ class Server:
             raise NotReady("the checkpoint is being looked up")
         return self.encoding
 
+    async def _prove(self, group: int) -> str:
+        return await self._known().health.prove(group)
+
     async def _pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> Pickled:
         return await self._known().preparers.pickle(dtype, grid, seconds)
 
@@ -317,11 +321,13 @@ class Server:
             device=settings.device,
             dtype=settings.dtype,
             checkpoint_dtype=found.dtype,
-            threads=settings.rank_threads or max(1, usable_cores() // settings.tp),
+            threads=settings.rank_threads or max(1, usable_cores() // (settings.tp * settings.dp)),
             facts=found.facts,
+            tf32=settings.tf32,
+            groups=settings.dp,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
-        engine = Supervisor(spec, forkserver, self.arena, options, metrics)
+        engine = RankGroups(spec, forkserver, self.arena, options, metrics, self._prove)
         preparers = Preparers(self._preparer_spec(found), forkserver, self.arena.fd, metrics)
         budgets = {
             Modality.IMAGE: settings.image_batch_tokens,
@@ -378,9 +384,7 @@ class Server:
             self._changes.announce()
 
     def _fail(self, failure: Exception, on_fatal: Callable[[str], None]) -> None:
-        error: BaseException = failure
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = first_of(failure)
         if isinstance(error, StartupError):
             self.fatal = str(error)
         else:

@@ -47,9 +47,10 @@ class EncoderInfo(msgspec.Struct, frozen=True):
 class RankSetup(msgspec.Struct, frozen=True):
     """What a rank is started with: become rank `rank` of `world` and load the encoder of the checkpoint in `path`.
 
-    `device` and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `threads`: CPU threads of this
-    rank. The descriptors of the arena, of `arena_bytes`, and of torch.distributed's FileStore come with the fork.
-    `facts`: what the checkpoint's inspection found.
+    `device_index`: which of the host's GPUs is this rank's, of the `devices` that all groups of ranks need. `device`
+    and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `tf32`: whether a GPU may multiply
+    float32 matrices in TF32. `threads`: CPU threads of this rank. The descriptors of the arena, of `arena_bytes`, and
+    of torch.distributed's FileStore come with the fork. `facts`: what the checkpoint's inspection found.
     """
 
     socket: str
@@ -62,6 +63,9 @@ class RankSetup(msgspec.Struct, frozen=True):
     threads: int
     arena_bytes: int
     facts: Facts | None = None
+    device_index: int = 0
+    devices: int = 1
+    tf32: bool = False
 
 
 # Commands, front to rank.
@@ -82,7 +86,8 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
-    """Record what runs, for so many forwards or until `StopProfile`; the trace goes to `path` + `rank<N>.json.gz`."""
+    """Record what runs, for so many forwards or until `StopProfile`, within the bounds of `engine.profiler`. The trace
+    goes to `path` + `rank<N>.json.gz`; until the trace is complete there is a file of that name + `.part`."""
 
     seq: int
     path: str
@@ -90,7 +95,7 @@ class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
 
 
 class StopProfile(msgspec.Struct, frozen=True, tag="stop_profile"):
-    """Write the trace of the profile that runs."""
+    """End the profile that runs, and begin to write its trace."""
 
     seq: int
 
@@ -111,6 +116,13 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
     rank: int
     step: str
+
+
+class Warned(msgspec.Struct, frozen=True, tag="warned"):
+    """The rank works, and something about it costs time or memory; `message` is one line for the operator."""
+
+    rank: int
+    message: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -137,7 +149,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-Event = Progress | Ready | Done | Failed
+Event = Progress | Warned | Ready | Done | Failed
 
 
 _encoder = msgspec.msgpack.Encoder()
