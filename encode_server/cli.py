@@ -45,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument(
         "--explain-limits", action="store_true", help="print all bounds and the memory they allow for, and exit"
     )
+    serve.add_argument(
+        "--ray", metavar="REPLICAS", help="serve on a Ray cluster: so many replicas, or from MIN-MAX by their work"
+    )
     _add_options(serve, skip="model")
 
     demo = commands.add_parser("demo", help="serve the demo checkpoint and encode an image, a clip and audio")
@@ -106,7 +109,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
         package = (missing.name or "").partition(".")[0]
         if package in ("", "encode_server"):
             raise
-        extra = "bench" if command == "bench" else "server"
+        extra = "bench" if command == "bench" else "ray" if package == "ray" else "server"
         raise StartupError(
             f"`{command}` needs the package {package}, which is not installed: pip install 'encode-server[{extra}]'"
         ) from None
@@ -154,7 +157,11 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
-    explained = options.pop("explain_limits", False)
+    explained, replicas = options.pop("explain_limits", False), options.pop("ray", None)
+    if replicas is not None:
+        from encode_server.cluster.command import serve_on_ray
+
+        return serve_on_ray(options, replicas)
     settings = load_settings(options)
     if explained:
         from encode_server.memory import explain

@@ -10,12 +10,14 @@ from typing import Any, Literal, Self
 
 import msgspec
 
+from encode_server.client.affinity import item_key
 from encode_server.client.answers import error_from, from_json, from_safetensors
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
 from encode_server.client.media import Media, Piece, items_json
 from encode_server.client.passed_on import passed_on
 from encode_server.wire.frames import ItemInfo
+from encode_server.wire.load import CONTENT_HEADER
 from encode_server.wire.modality import Modality
 
 CONNECT_TIMEOUT_S = 5.0
@@ -205,6 +207,8 @@ class EncodeClient:
             "Content-Length": str(sum(map(len, pieces))),
             "Accept": accept,
         }
+        if media:
+            headers[CONTENT_HEADER] = item_key(media[0])[:64].hex()
         limit = self.timeout if timeout_s is None else timeout_s + DEADLINE_MARGIN_S
         answer = await self.exchange("POST", "/encode", limit, pieces, headers)
         if answer.status != 200:
