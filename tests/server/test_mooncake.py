@@ -11,7 +11,7 @@ import pytest
 from encode_server.media import samples as demo_media
 from tests.live import LiveServer, eventually
 from tests.server.prefill_standin import PrefillRank
-from tests.server.test_sglang import TOLERANCE, body, data_uri, metric, png, post
+from tests.server.test_sglang import TOLERANCE, body, data_uri, png, post
 
 pytestmark = [pytest.mark.slow]  # a server of its own; tests/delivery/test_landings.py is the short version
 engine = pytest.importorskip("mooncake.engine", reason="Mooncake is not installed")
@@ -53,7 +53,7 @@ class Rank(PrefillRank):
 
 def nothing_is_held(live) -> bool:
     names = ("encode_requests_in_progress", "encode_registrations", "encode_undelivered_bytes", "encode_inflight_bytes")
-    return eventually(lambda: all(metric(live, name) == 0 for name in names), 30)
+    return eventually(lambda: all(live.metric(name) == 0 for name in names), 30)
 
 
 def test_two_ranks_get_the_embedding_in_their_memory(live, reference):
