@@ -19,8 +19,8 @@ from starlette.types import Receive, Scope, Send
 from encode_server.api import answers
 from encode_server.api.body import BodyLimits, check_count, read_json
 from encode_server.api.encode import HttpCaller, serve
-from encode_server.api.schemas import EmbeddingData, EmbeddingsAnswer, EmbeddingsBody, Usage
-from encode_server.errors import BadRequest
+from encode_server.api.schemas import EmbeddingData, EmbeddingsAnswer, EmbeddingsBody, Usage, modality_named
+from encode_server.errors import BadRequest, EncodeFailed
 from encode_server.pipeline.pooling import floats
 from encode_server.pipeline.request import MediaItem
 from encode_server.runtime.charge import Charge
@@ -77,15 +77,19 @@ class EmbeddingsCaller(HttpCaller):
 
     async def answer(self, req_id: str, encoded: Encoded, limit_s: float) -> None:
         """See `Caller`."""
-        document = await run(self._server.pools.send, _document, req_id, encoded, self._body)
-        pieces = (document[at : at + answers.PIECE] for at in range(0, len(document), answers.PIECE))
-        await self.send(answers.Body(answers.JSON, len(document), pieces), req_id, limit_s)
+        # Item by item: the encoder of JSON holds the interpreter, and so the loop, for as long as one call takes.
+        send, last = self._server.pools.send, len(encoded.items) - 1
+        pieces = [_head(req_id, encoded)]
+        for index in range(len(encoded.items)):
+            pieces.append(await run(send, _vector, index, encoded, self._body))
+            pieces.append(b"]}" if index == last else b",")
+        await self.send(answers.Body(answers.JSON, sum(map(len, pieces)), iter(pieces)), req_id, limit_s)
 
     def _modality(self, kinds: list[Modality | None]) -> Modality:
         """The one modality of all items: as the items say, as the body says, or the only one that the model has."""
         said = {kind for kind in kinds if kind is not None}
         if self._body.modality is not None:
-            said.add(_named(self._body.modality))
+            said.add(modality_named(self._body.modality))
         if not said and self._server.encoding is not None:
             has = self._server.encoding.pipeline.modalities
             said = set(has) if len(has) == 1 else set()
@@ -98,25 +102,24 @@ class EmbeddingsCaller(HttpCaller):
         return said.pop()
 
 
-def _document(req_id: str, encoded: Encoded, body: EmbeddingsBody) -> bytes:
-    data: list[EmbeddingData] = []
-    for index, item in enumerate(encoded.items):
-        vector = floats(item.data, encoded.dtype)
-        if body.normalized():
-            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-        values: Any = vector.astype("<f4")
-        values = pybase64.b64encode_as_string(values.tobytes()) if body.encoding_format == "base64" else values.tolist()
-        data.append(EmbeddingData(index=index, embedding=values))
+def _head(req_id: str, encoded: Encoded) -> bytes:
+    """The answer up to its first vector."""
     tokens = sum(int(str(item.extra[POOLED_TOKENS])) for item in encoded.items)
-    return msgspec.json.encode(
-        EmbeddingsAnswer(
-            id=f"embd-{req_id}",
-            created=int(time.time()),
-            model=encoded.model,
-            data=data,
-            usage=Usage(prompt_tokens=tokens, total_tokens=tokens),
-        )
-    )
+    usage = Usage(prompt_tokens=tokens, total_tokens=tokens)
+    answer = EmbeddingsAnswer(id=f"embd-{req_id}", created=int(time.time()), model=encoded.model, usage=usage, data=[])
+    return msgspec.json.encode(answer).removesuffix(b"]}")
+
+
+def _vector(index: int, encoded: Encoded, body: EmbeddingsBody) -> bytes:
+    """One vector of the answer. Raises EncodeFailed."""
+    vector = floats(encoded.items[index].data, encoded.dtype)
+    if not np.isfinite(vector).all():
+        raise EncodeFailed(f"the vector of item {index} holds values that are not finite")
+    if body.normalized():
+        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    values: Any = vector.astype("<f4")
+    values = pybase64.b64encode_as_string(values.tobytes()) if body.encoding_format == "base64" else values.tolist()
+    return msgspec.json.encode(EmbeddingData(index=index, embedding=values))
 
 
 def _read(max_items: int, found: Outline[EmbeddingsBody]) -> tuple[EmbeddingsBody, list[tuple[Modality | None, Text]]]:
@@ -179,10 +182,3 @@ def _parts(message: Any) -> list[tuple[Modality, str]]:
             raise BadRequest(f"a part has the type image_url, video_url, audio_url or input_audio, got {kind!r}")
         found.append((modality, source))
     return found
-
-
-def _named(name: str) -> Modality:
-    try:
-        return Modality(name.lower())
-    except ValueError:
-        raise BadRequest(f"modality is {name!r}, expected image, video or audio") from None

@@ -53,11 +53,16 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     pool: Literal["mean", "cls", "model"] | None = None
 
     def checked_modality(self) -> Modality:
-        """The modality, in any case. Raises BadRequest naming those there are."""
-        try:
-            return Modality(self.modality.lower())
-        except ValueError:
-            raise BadRequest(f"modality is {self.modality!r}, expected image, video or audio") from None
+        """The modality. Raises BadRequest."""
+        return modality_named(self.modality)
+
+
+def modality_named(name: str) -> Modality:
+    """The modality of that name, in any case. Raises BadRequest naming those there are."""
+    try:
+        return Modality(name.lower())
+    except ValueError:
+        raise BadRequest(f"modality is {name!r}, expected image, video or audio") from None
 
 
 class EmbeddingsBody(msgspec.Struct, kw_only=True):
@@ -104,9 +109,9 @@ class EmbeddingsAnswer(msgspec.Struct, kw_only=True):
     id: str
     created: int
     model: str
-    data: list[EmbeddingData]
     usage: Usage
     object: Literal["list"] = "list"
+    data: list[EmbeddingData]  # last: the answer is written item by item
 
 
 def openapi_components() -> tuple[dict[str, Any], dict[str, Any]]:

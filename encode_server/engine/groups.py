@@ -21,7 +21,7 @@ from encode_server.wire import ranks as m
 
 log = logging.getLogger(__name__)
 
-AGAIN_S = 60.0  # from the failure of a group to its next start, while others work
+AGAIN_S = 60.0  # from the failure of a group to its next start, unless all have failed
 OVER = (EngineState.FAILED, EngineState.STOPPED)
 
 

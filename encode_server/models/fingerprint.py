@@ -5,29 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from encode_server.errors import StartupError
 from encode_server.models.checkpoint import Checkpoint, weight_files
-from encode_server.models.resolve import HUB_FILES, resolve
+from encode_server.models.resolve import HUB_FILES, open_directory
 
 PACKAGES = ("transformers", "torch", "torchvision", "numpy", "pillow", "av", "soundfile", "soxr")
 """What decodes, resizes and computes."""
 
-ROOMS = ("media", "models", "prepare")
-"""Of this program, those that make rows of media. Their source counts, not a version: it cannot be forgotten."""
+SOURCES = ("media", "models", "prepare", "pipeline/pooling.py")
+"""Of this program, what makes rows of media. The source counts, not a version: it cannot be forgotten."""
 
 INDEX = "*.index.json"  # says where the weights lie, not what they are
 NICE = 10  # the ranks load meanwhile
 READ = 4 << 20  # bytes
 
 
-def fingerprint(arguments: tuple[str, str | None]) -> str:
-    """For `arguments` (model, revision): a digest that is equal for servers whose embeddings are interchangeable, and
-    differs where the weights of the encoder, any configuration file of the checkpoint, this program or a library differ
-    at all. Neither the checkpoint's name nor its place matter.
+def fingerprint(arguments: tuple[str, dict[str, Any]]) -> str:
+    """For `arguments` (the checkpoint's directory, options that change embeddings): a digest that is equal for servers
+    whose embeddings are interchangeable, and differs where these options, the weights of the encoder, any configuration file
+    of the checkpoint, this program or a library differ at all. Neither the checkpoint's name nor its place matter.
 
     Reads the encoder's weights once, a gigabyte in about a second: call it in a child process.
 
@@ -35,8 +36,9 @@ def fingerprint(arguments: tuple[str, str | None]) -> str:
         StartupError: the checkpoint's files cannot be read.
     """
     os.nice(NICE)
-    checkpoint = resolve(*arguments)
-    digest = hashlib.sha256()
+    path, options = arguments
+    checkpoint = open_directory(Path(path))
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     try:
         for piece in (*_code(), *_configuration(checkpoint), *_weights(checkpoint)):
             digest.update(hashlib.sha256(piece).digest())
@@ -47,7 +49,7 @@ def fingerprint(arguments: tuple[str, str | None]) -> str:
 
 def _code() -> Iterator[bytes]:
     program = Path(__file__).parents[1]
-    for file in sorted(file for room in ROOMS for file in (program / room).rglob("*.py")):
+    for file in sorted(file for source in SOURCES for file in _sources(program / source)):
         yield str(file.relative_to(program)).encode()
         yield file.read_bytes()
     for package in PACKAGES:
@@ -55,6 +57,10 @@ def _code() -> Iterator[bytes]:
             yield f"{package} {metadata.version(package)}".encode()
         except metadata.PackageNotFoundError:
             yield package.encode()
+
+
+def _sources(place: Path) -> Iterable[Path]:
+    return place.rglob("*.py") if place.is_dir() else (place,)
 
 
 def _configuration(checkpoint: Checkpoint) -> Iterator[bytes]:

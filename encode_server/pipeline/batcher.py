@@ -324,6 +324,12 @@ class Batcher:
                 self._end(piece, forward_s=dones[0].forward_s)
             return
         log.warning("a batch of %d %s failed: %s", len(batch), modality, failed.error)
+        if (
+            batch[0].job.group is not None
+        ):  # it says how this group is: no other may encode it, no budget follows from it
+            for piece in batch:
+                self._end(piece, EncodeFailed(f"group {work.index} failed: {failed.error}"))
+            return
         if failed.out_of_memory:
             if work.side_by_side > 1 and not work.alone:
                 self._requeue(batch)  # a neighbour may have had the memory
@@ -331,7 +337,7 @@ class Batcher:
             self._lower_budget(batch)
         if len(batch) > 1:
             self._halve(batch, work.index)
-        elif not batch[0].failures and len(self._ready()) > 1 and batch[0].job.group is None:
+        elif not batch[0].failures and len(self._ready()) > 1:
             batch[0].failures += 1
             self._requeue(batch, work.index)  # the fault may be this group's
         else:

@@ -17,6 +17,7 @@ from encode_server.errors import EncodeError
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.group_work import GroupWork
 from encode_server.pipeline.pipeline import Pipeline, Route
+from encode_server.pipeline.pooling import floats
 from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.prepare.preparers import Preparers
 from encode_server.wire.embedding import Encoded
@@ -215,8 +216,4 @@ def _flaw(encoded: Encoded) -> str:
     data = encoded.contiguous()
     if encoded.shape[0] < 1 or data.nbytes != encoded.nbytes:
         return f"{data.nbytes} bytes for an embedding of shape {encoded.shape}"
-    if encoded.dtype == "bfloat16":  # numpy has none: the upper half of a float32
-        values = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        values = np.frombuffer(data, np.dtype(encoded.dtype))
-    return "" if np.isfinite(values).all() else "values that are not finite"
+    return "" if np.isfinite(floats(data, encoded.dtype)).all() else "values that are not finite"

@@ -220,8 +220,9 @@ class Pipeline:
                 raise TooLarge(f"it has {prepared.cost} patches or frames, at most {self._max_item_tokens} are encoded")
             request.weigh(tokens=prepared.cost - weighed)
             weighed = prepared.cost
-            expect(embedding_bytes(prepared.tokens, dim, info.dtype))
-            request.has_rows(item, prepared.tokens if pool is None else 1)
+            rows = 1 if pool in (Pool.MEAN, Pool.CLS) else prepared.tokens  # that are kept until all is delivered
+            expect(embedding_bytes(rows, dim, info.dtype))
+            request.has_rows(item, rows)
             return await job.acquire(prepared, dim, info.dtype)
 
         try:

@@ -342,12 +342,13 @@ class Server:
                         group.create_task(keep_watch(self))
                         if store is not None:
                             group.create_task(store.run())
-                        encoding = self._build(await self._inspect(forkserver), forkserver, source)
+                        found = await self._inspect(forkserver)
+                        encoding = self._build(found, forkserver, source)
                         group.create_task(encoding.engine.run())
                         group.create_task(encoding.preparers.run())
                         group.create_task(encoding.batcher.run())
                         if self.shared is not None:
-                            group.create_task(self._fingerprint(self.shared, forkserver))
+                            group.create_task(self._fingerprint(self.shared, forkserver, found.path))
                         self.encoding = encoding
                         self._changes.announce()
                         await self._warm_up(encoding)
@@ -369,20 +370,24 @@ class Server:
                 log.warning("the forkserver was lost while the checkpoint was looked up (%d)", attempt + 1)
         raise StartupError("the process that forks ranks and preparers does not live long enough to fork")
 
-    async def _fingerprint(self, shared: SharedCache, forkserver: Forkserver) -> None:
+    async def _fingerprint(self, shared: SharedCache, forkserver: Forkserver, path: str) -> None:
         """Find out which other servers' embeddings are as good as this one's. Until then the shared cache rests."""
         settings = self.settings
-        arguments = [settings.model, settings.revision]
+        # Options that change embeddings beyond a rounding, and are the same for all requests.
+        options = {"image_alpha": settings.image_alpha, "tf32": settings.tf32}
+        arguments = [path, options]
         for _ in range(FORKSERVER_TRIES):
             try:
-                shared.fingerprint = await forkserver.call(
-                    "encode_server.models.fingerprint:fingerprint", arguments, str
-                )
-                log.info("the shared cache is used for embeddings of %s", shared.fingerprint[:16])
+                found = await forkserver.call("encode_server.models.fingerprint:fingerprint", arguments, str)
+                shared.fingerprint = found
+                log.info("the shared cache is used for embeddings of %s", found[:16])
                 return
             except ForkserverLost:
                 continue
-        log.warning("the shared cache is not used: the checkpoint's files could not be read")
+            except StartupError as error:  # the server is of use without it
+                log.warning("the shared cache is not used: %s", error)
+                return
+        log.warning("the shared cache is not used: the process that reads the checkpoint does not live long enough")
 
     def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
         settings, metrics = self.settings, self.metrics

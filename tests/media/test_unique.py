@@ -35,8 +35,11 @@ def test_copies_differ_in_bytes_and_not_in_content(make):
 
 @pytest.mark.parametrize("make", [lambda: unique.jpeg(64, 64), unique.mp4, unique.wav], ids=["jpeg", "mp4", "wav"])
 def test_a_data_uri_holds_the_next_copy(make):
-    uri, file = b"".join(make().data_uri()), make().copy()
-    assert base64.b64decode(uri.partition(b",")[2], validate=True) == file
+    medium = make()
+    before, uri, after = medium.copy(), b"".join(medium.data_uri()), medium.copy()
+    found = base64.b64decode(uri.partition(b",")[2], validate=True)
+    counters = [int(copy.removeprefix(medium.head).removesuffix(medium.tail)) for copy in (before, found, after)]
+    assert counters == [counters[0], counters[0] + 1, counters[0] + 2]
 
 
 def test_pictures_are_seeded_and_differ():

@@ -24,8 +24,8 @@ def at_this_priority(monkeypatch):
     monkeypatch.setattr(module, "NICE", 0)
 
 
-def fingerprint(directory) -> str:
-    return module.fingerprint((str(directory), None))
+def fingerprint(directory, **options: object) -> str:
+    return module.fingerprint((str(directory), options))
 
 
 @pytest.fixture
@@ -51,6 +51,11 @@ def test_another_processor_is_another(checkpoint, copy):
     config = copy / "processor_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_pixels": 12345}))
     assert fingerprint(copy) != fingerprint(checkpoint)
+
+
+def test_other_options_are_another(checkpoint):
+    different = [fingerprint(checkpoint, image_alpha=value) for value in ("drop", "white")]
+    assert len({*different, fingerprint(checkpoint)}) == 3
 
 
 def test_another_library_is_another(checkpoint, monkeypatch):

@@ -181,6 +181,17 @@ def test_what_proves_a_group_goes_there_and_nowhere_else() -> None:
     run(scenario)
 
 
+def test_a_group_that_has_no_memory_for_its_proof_is_not_proven_by_another() -> None:
+    async def scenario(d: Desk) -> None:
+        d.groups[1].rule = lambda batch: Done(0, 0, "CUDA error: out of memory", True)
+        before = d.batcher.budget(Modality.IMAGE)
+        await d.submit("proof", 10, reserved=True, group=1)
+        assert await d.ended("proof") == "encode_failed"
+        assert not d.sent_to(0) and d.batcher.budget(Modality.IMAGE) == before, "a probe says nothing of batches"
+
+    run(scenario)
+
+
 def test_what_was_to_prove_a_lost_group_is_not_sent_to_another() -> None:
     async def scenario(d: Desk) -> None:
         await d.submit("sent", 10, reserved=True, group=1)

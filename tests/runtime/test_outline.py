@@ -134,5 +134,6 @@ def test_no_step_holds_the_interpreter_for_long(monkeypatch, rest):
 
     monkeypatch.setattr(module, "from_json", noted)
     with contextlib.suppress(BadRequest):
-        body._decode(bytearray(b'{"modality":"image",' + rest), 256)
+        found = module.outline(bytearray(b'{"modality":"image",' + rest), EncodeBody, body.json_limits(256))
+        body._from_document(256, found)
     assert max(sizes, default=0) <= MIB + 2

@@ -156,6 +156,7 @@ def test_a_failed_request_leaves_nothing_for_the_collector(failure):
             destinations=SimpleNamespace(resolve=resolve),
             active=None,
             model_name="m",
+            check_model=lambda name: None,
             encode=encode,
             timeout_s=lambda asked: 5,
             not_ready=lambda: None,

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from encode_server.errors import first_line
 from encode_server.pipeline.shared.line import Refused, Unreachable, Value
 
@@ -229,7 +231,7 @@ class RedisLine:
         return line
 
     def _bulk(self, size: int) -> memoryview:
-        room = memoryview(bytearray(size + 2))
+        room = np.empty(size + 2, np.uint8).data  # a bytearray is filled with zeros while the loop waits
         have = min(len(self._read), len(room))
         room[:have] = self._read[:have]
         self._read = self._read[have:]
