@@ -24,6 +24,7 @@ from encode_server.telemetry.tracing import Tracing, recorded_context
 from encode_server.wire.embedding import Encoded, EncodedItem, embedding_bytes
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
+from encode_server.wire.metadata import metadata_of
 from encode_server.wire.modality import Modality
 from encode_server.wire.preparers import PreparedItem
 from encode_server.wire.ranks import EncoderInfo
@@ -193,7 +194,8 @@ class Pipeline:
         if route.metrics is not None:
             route.metrics.preprocessed[request.modality].inc()
         grid = list(prepared.grid_thw) if prepared.grid_thw else None
-        return EncodedItem(ItemInfo(prepared.tokens, grid, digest), prepared.extra, embedding)
+        metadata = metadata_of(info.model_type, request.modality, grid, prepared.extra)
+        return EncodedItem(ItemInfo(prepared.tokens, grid, digest, metadata=metadata), prepared.extra, embedding)
 
 
 class _StageClock:

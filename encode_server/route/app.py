@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import unquote
 
 import msgspec
@@ -15,32 +15,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server import __version__
-from encode_server.client import ClientError, EncoderPool, EncodeServerError, Item, Modality
+from encode_server.client import ClientError, EncoderPool, EncodeServerError
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.errors import BadRequest, EncodeError, NoRoute
 from encode_server.pipeline.admission import Admission, AdmissionLimits
-from encode_server.route.chat import media_items, media_parts, name_parts, renames
+from encode_server.route.chat import CHAT, MESSAGES, RESPONSES, media_items, media_parts
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.fleet import Fleet
 from encode_server.route.options import RouteOptions
 from encode_server.route.sglang import SGLangFace
 from encode_server.route.telemetry import Observed, RouteMetrics
+from encode_server.route.vllm import ForEngine, VLLMFace
+from encode_server.route.work import concurrently, maybe_threaded
 from encode_server.runtime.bodies import declared_length, from_json, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.service.keys import ApiKeys
 from encode_server.telemetry.request_ids import RequestIds
-from encode_server.wire.names import PUSHED_PREFIX
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 MAX_ENCODED = 4  # layers of percent signs
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 LINGER_S = 1.0  # a prefill that has just read the list of encoders still sends a part here
-SMALL_BODY = 64 << 10  # decoded on the loop: less work than a change of threads
 
 
 class Router:
@@ -74,6 +71,9 @@ class Router:
                 max_waiting_bytes=options.max_waiting_mb << 20,
                 least_rate=options.least_rate_kb << 10,
             )
+        self.vllm = None
+        if options.protocol == "vllm" and self._engine is not None:
+            self.vllm = VLLMFace(self._encoders, self._engine, self.metrics, options)
         self._keys = ApiKeys(options.api_keys)
         self._announcer = Announcer(
             options.register_url,
@@ -109,7 +109,8 @@ class Router:
         return any(state.healthy for state in self._encoders.encoders)
 
     async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+        """A request that may hold media: chat completions, responses, and before SGLang Anthropic's messages. vLLM
+        takes no names in messages, and would not find an embedding."""
         return await self._answered(request, encode=True)
 
     async def other(self, request: Request) -> Response:
@@ -169,9 +170,14 @@ class Router:
                 content = bytes(raw)
                 del raw
                 async with until_caller_goes(request):
+                    ready = ForEngine(content)
                     if encode:
-                        content = await self._encoded(content)
-                    return await self._engine.forward(request.method, target, request.headers, content)
+                        ready = await self._encoded(request, content)
+                    del content
+                    if self.vllm is not None:
+                        return await self.vllm.forward(request.method, target, request.headers, ready)
+                    answer = await self._engine.send(request.method, target, request.headers, ready.content)
+                    return self._engine.passed_on(answer)
         except CallerGone:
             return Response(status_code=CALLER_GONE)
         except EncodeError as error:
@@ -184,37 +190,17 @@ class Router:
             late = isinstance(error, TimeoutError)
             return error_response(504 if late else 502, "media could not be encoded: no encoder answered")
 
-    async def _encoded(self, content: bytes) -> bytes:
-        """The request with its media named, once their embeddings are where the engine looks for them."""
-        body: Any = await _maybe_threaded(len(content), from_json, content, object)
-        parts = media_parts(body)
+    async def _encoded(self, request: Request, content: bytes) -> ForEngine:
+        """The request, once its media are encoded."""
+        path = request.scope["path"]
+        body: Any = await maybe_threaded(len(content), from_json, content, object)
+        parts = media_parts(body, path)
         if not parts:
-            return content
-        if self.sglang is None and renames(body):
-            log.warning("mm_processor_kwargs or media_io_kwargs given: the engine encodes this request's media itself")
-            return content
-        if self.sglang is not None:
-            await self._each(media_items(parts), self._encoders.warm)
-            return content
-        prefix = PUSHED_PREFIX if self._options.engine_receives else ""
-        named = await _maybe_threaded(len(content), name_parts, parts, self._options.video_fps, prefix)
-        await self._each(named, self._push if self._options.engine_receives else self._encoders.store)
-        return await _maybe_threaded(len(content), msgspec.json.encode, body)
-
-    async def _push(self, items: list[Item], modality: Modality) -> None:
-        host, _, port = (self._options.engine_receives or "").rpartition(":")
-        await self._encoders.hand_over(items, modality, prefill_host=host.strip("[]"), embedding_port=int(port))
-
-    async def _each(
-        self, items: dict[Modality, list[Item]], encode: Callable[[list[Item], Modality], Awaitable[object]]
-    ) -> None:
-        """Have the items of each modality encoded, concurrently. Raises the first failure."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for modality, some in items.items():
-                    group.create_task(_awaited(encode(some, modality)))
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            return ForEngine(content)
+        if self.vllm is None:
+            await concurrently(media_items(parts), self._encoders.warm)
+            return ForEngine(content)
+        return await self.vllm.encoded(path, request.headers, body, parts, content)
 
 
 def create_route_app(options: RouteOptions) -> FastAPI:
@@ -228,7 +214,8 @@ def create_route_app(options: RouteOptions) -> FastAPI:
 
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
     app.add_middleware(RequestIds)
-    app.add_api_route("/v1/chat/completions", router.chat, methods=["POST"], response_model=None)
+    for path in (CHAT, RESPONSES, MESSAGES) if router.sglang is not None else (CHAT, RESPONSES):
+        app.add_api_route(path, router.chat, methods=["POST"], response_model=None)
     app.add_api_route("/health", router.health, methods=["GET"])
     app.add_api_route("/health_generate", router.health, methods=["GET"], include_in_schema=False)
     app.add_api_route("/livez", router.live, methods=["GET"])
@@ -240,10 +227,6 @@ def create_route_app(options: RouteOptions) -> FastAPI:
     app.state.router = router
     app.add_api_route("/v1/{path:path}", router.other, methods=METHODS, include_in_schema=False)
     return app
-
-
-async def _awaited(work: Awaitable[object]) -> None:
-    await work
 
 
 def _target(request: Request) -> bytes:
@@ -260,9 +243,3 @@ def _target(request: Request) -> bytes:
             return bytes(raw)
         path = decoded
     raise BadRequest(f"the path is encoded more than {MAX_ENCODED} times")
-
-
-async def _maybe_threaded(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    if size >= SMALL_BODY:
-        return await asyncio.to_thread(function, *args, **kwargs)
-    return function(*args, **kwargs)

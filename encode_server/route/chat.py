@@ -1,20 +1,31 @@
-"""The media of an OpenAI chat request: where they are, and what the engine shall call them."""
+"""The media of a chat request: where they are, what the engine shall call them, and what may stand in their place.
+
+Three kinds of request hold media: OpenAI's chat completions and responses, and Anthropic's messages.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from encode_server.client import Item, Modality
 from encode_server.errors import BadRequest
+from encode_server.wire.metadata import Metadata
+
+CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
 
 URL_PARTS = {"image_url": Modality.IMAGE, "video_url": Modality.VIDEO, "audio_url": Modality.AUDIO}
+KINDS = {**URL_PARTS, "input_audio": Modality.AUDIO}
+EMBEDS = {modality: f"{modality}_embeds" for modality in Modality}
 # With these, vLLM looks for another name than the `uuid`: a hash over both.
 RENAMING = ("mm_processor_kwargs", "media_io_kwargs")
 
 MAX_UUID = 512
+MAX_DEPTH = 8  # lists of content in lists of content
 
 
 @dataclass(frozen=True)
@@ -26,13 +37,19 @@ class MediaPart:
     source: str
 
 
-def media_parts(body: Any) -> list[MediaPart]:
-    """The media of a chat request, in order. Raises BadRequest for parts that are not what OpenAI's schema says.
+def media_parts(body: Any, path: str = CHAT) -> list[MediaPart]:
+    """The media of a request to `path`, in order. Raises BadRequest for parts that are not what its schema says.
 
     Parts that only name media the engine has seen before (`uuid` without content) are left out.
     """
+    if path == RESPONSES:
+        if not isinstance(body, dict):
+            raise BadRequest("the body is not an object")
+        return [found for part in _nested(body.get("input")) if (found := _of_responses(part)) is not None]
     if not isinstance(body, dict) or not isinstance(messages := body.get("messages"), list):
         raise BadRequest("the body is not a chat request: expected an object with a list `messages`")
+    if path == MESSAGES:
+        return [found for part in _nested(messages) if (found := _of_messages(part)) is not None]
     return [found for message in messages for part in _parts(message) if (found := _media(part)) is not None]
 
 
@@ -66,10 +83,40 @@ def media_items(parts: list[MediaPart]) -> dict[Modality, list[Item]]:
     return {modality: list(named.values()) for modality, named in items.items()}
 
 
+def put_metadata(
+    body: dict[str, Any], parts: list[MediaPart], metadata: Mapping[str, Metadata | None]
+) -> frozenset[Modality]:
+    """Put metadata, by `uuid`, in the place of the media of a chat request. Returns the modalities of which no media
+    are left. vLLM takes no request that holds media and metadata of one modality: then all media of that modality
+    stay."""
+    known = {id(found.part) for found in parts}
+    stay = {found.modality for found in parts if metadata.get(found.part["uuid"]) is None}
+    for message in body["messages"]:
+        for part in _parts(message):
+            if id(part) not in known and isinstance(kind := part.get("type"), str) and kind in KINDS:
+                stay.add(KINDS[kind])
+    replaced = [found for found in parts if found.modality not in stay]
+    for found in replaced:
+        kind, name = EMBEDS[found.modality], found.part["uuid"]
+        found.part.clear()
+        found.part.update({"type": kind, kind: metadata[name], "uuid": name})
+    return frozenset(found.modality for found in replaced)
+
+
 def _parts(message: Any) -> Iterator[dict[str, Any]]:
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
         yield from (part for part in content if isinstance(part, dict))
+
+
+def _nested(content: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """The parts of a message, of a tool's result in it, and so on."""
+    if isinstance(content, list) and depth < MAX_DEPTH:
+        for part in content:
+            if isinstance(part, dict):
+                yield part
+                yield from _nested(part.get("content"), depth + 1)
+                yield from _nested(part.get("output"), depth + 1)
 
 
 def _media(part: dict[str, Any]) -> MediaPart | None:
@@ -91,3 +138,28 @@ def _media(part: dict[str, Any]) -> MediaPart | None:
     if not isinstance(url, str):
         raise BadRequest(f"{kind} is not an object with a `url`")
     return MediaPart(part, URL_PARTS[kind], url)
+
+
+def _of_responses(part: dict[str, Any]) -> MediaPart | None:
+    kind, url = part.get("type"), part.get("image_url")
+    if kind not in ("input_image", "image_url") or url is None:
+        return None
+    url = url.get("url") if isinstance(url, dict) else url
+    if not isinstance(url, str):
+        raise BadRequest(f"image_url of an {kind} is not a URL")
+    return MediaPart(part, Modality.IMAGE, url)
+
+
+def _of_messages(part: dict[str, Any]) -> MediaPart | None:
+    source = part.get("source")
+    if part.get("type") != "image" or source is None:
+        return None
+    if not isinstance(source, dict):
+        raise BadRequest("source of an image is not an object")
+    inline = source.get("type") == "base64"
+    given = source.get("data" if inline else "url")
+    if not isinstance(given, str):
+        raise BadRequest("source of an image holds neither a `url` nor base64 `data`")
+    # As SGLang writes it: the same media must go to the same encoder.
+    uri = f"data:{source.get('media_type', 'image/png')};base64,{given}" if inline else given
+    return MediaPart(part, Modality.IMAGE, uri)

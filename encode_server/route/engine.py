@@ -82,11 +82,9 @@ class Engine:
             self._admitted[known] = now + ADMITTED_S
         return None
 
-    async def forward(
-        self, method: str, target: bytes, headers: Mapping[str, str], content: bytes
-    ) -> StreamingResponse:
+    async def send(self, method: str, target: bytes, headers: Mapping[str, str], content: bytes) -> httpx.Response:
         """Send a request on, `target` as it came; returns when the engine has begun to answer, its body no longer kept.
-        Raises DeliveryFailed when the engine does not answer."""
+        Raises DeliveryFailed when the engine does not answer. The caller closes the answer, or passes it on."""
         kept = {name: value for name, value in headers.items() if name.lower() not in NOT_FORWARDED}
         if (ids := current_ids()) is not None:
             kept[HEADER.lower()] = ids.request_id
@@ -96,14 +94,28 @@ class Engine:
         del content
         request.extensions["target"] = self._prefix + target
         try:
-            answer = await self._http.send(request, stream=True)
+            return await self._http.send(request, stream=True)
         except httpx.RequestError as error:
             raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
+
+    def passed_on(self, answer: httpx.Response) -> StreamingResponse:
+        """The engine's answer as it arrives."""
         response = StreamingResponse(_chunks(answer), answer.status_code)
         for name, value in answer.headers.multi_items():
             if name.lower() not in NOT_RETURNED:
                 response.headers.append(name, value)
         return response
+
+    async def ask(self, target: bytes, headers: Mapping[str, str], content: bytes) -> tuple[int, bytes]:
+        """A question of the proxy's own, with the credentials of a caller: status and body of the answer. Raises
+        DeliveryFailed."""
+        answer = await self.send("POST", target, headers, content)
+        try:
+            return answer.status_code, await answer.aread()
+        except httpx.RequestError as error:
+            raise DeliveryFailed(f"the engine broke off its answer: {error or type(error).__name__}") from None
+        finally:
+            await answer.aclose()
 
     async def healthy(self) -> bool:
         """Whether its `/health` answers 200."""
