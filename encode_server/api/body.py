@@ -6,6 +6,7 @@ import asyncio
 import sys
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from python_multipart.multipart import parse_options_header
@@ -13,7 +14,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from encode_server.api.schemas import EncodeBody, ItemBody
+from encode_server.api.schemas import EncodeBody, ItemBody, Sizing
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
 from encode_server.runtime.bodies import chunks, declared_length, from_json, read_all
@@ -24,6 +25,7 @@ from encode_server.wire.items import ItemOptions
 
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
 COUNTED = 1 << 20  # bytes
+LOW_DETAIL = 512  # pixels a side, as OpenAI's API has it
 MAX_VALUES = 1_000_000  # in a JSON body: decoding many more would hold the interpreter for seconds
 
 
@@ -75,6 +77,7 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         cached=body.delivery == "cache",
         frames=body.frames,
         timeout_s=body.timeout_s,
+        traceparent=_traceparent(body.time_stats_json),
     )
 
 
@@ -93,15 +96,21 @@ def _check_count(items: int, most: int) -> None:
 def _media_item(item: str | ItemBody) -> MediaItem:
     if isinstance(item, str):
         return MediaItem(item)
-    options = ItemOptions(
-        min_pixels=item.min_pixels,
-        max_pixels=item.max_pixels,
-        fps=item.fps,
-        num_frames=item.num_frames,
-        min_frames=item.min_frames,
-        max_frames=item.max_frames,
-    )
+    sizing = {name: getattr(item, name) for name in Sizing.__struct_fields__}
+    if (beside := item.preprocess_kwargs) is not None:
+        sizing |= {name: getattr(beside, name) for name, value in sizing.items() if value is None}
+    sides = [item.max_long_side_pixel] if item.max_long_side_pixel is not None else []
+    if item.detail == "low":
+        sides.append(LOW_DETAIL)
+    options = ItemOptions(**sizing, max_side=min(sides, default=None))
     return MediaItem(item.url, options, item.content_hash, item.uuid)
+
+
+def _traceparent(time_stats: Any) -> str | None:
+    """The trace of SGLang's request, where its prefill was told to trace."""
+    for key in ("trace_ctx", "root_span_context", "traceparent"):
+        time_stats = time_stats.get(key) if isinstance(time_stats, dict) else None
+    return time_stats if isinstance(time_stats, str) else None
 
 
 def _form_type(request: Request) -> Headers:

@@ -21,7 +21,8 @@ class Item:
 
     `media`: a URL, data URI or bare base64 (`str`), the file's content (`bytes`), or a local file (`Path`).
     `min_pixels`, `max_pixels`: bounds of an image's or frame's area. `fps`: frames sampled per second of video, at most
-    `max_frames` of them. `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of
+    `max_frames` of them. `max_long_side_pixel`: longest side an image may have; `detail`: `low` means 512 of these.
+    `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of
     its embedding in a store. None leaves the server's own choice.
     """
 
@@ -30,6 +31,8 @@ class Item:
     max_pixels: int | None = None
     fps: float | None = None
     max_frames: int | None = None
+    max_long_side_pixel: int | None = None
+    detail: str | None = None
     content_hash: str | None = None
     uuid: str | None = None
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from encode_server.errors import TooLarge
 from encode_server.pipeline.admission import Ticket
+from encode_server.wire.embedding import EncodedItem
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 
@@ -29,11 +31,26 @@ class MediaItem:
         return replace(self, options=msgspec.structs.replace(self.options, fps=fps))
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """An item's embedding, as far as anything is known before the item is encoded. `digest`: of the media's bytes."""
+
+    item: MediaItem
+    modality: Modality
+    digest: str
+    model: str
+    dtype: str
+    dim: int
+
+
+Recall = Callable[[Wanted, Callable[[int], None]], Awaitable[EncodedItem | None]]
+
+
 @dataclass
 class EncodeRequest:
     """A request in progress. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line.
     `ticket`: the request's place in the admission, which a health probe does not take. `max_embedding_bytes`: of all
-    its items together."""
+    its items together. `recall`: finds an item where a former request has left it."""
 
     req_id: str
     modality: Modality
@@ -42,6 +59,7 @@ class EncodeRequest:
     ticket: Ticket | None = None
     stages: dict[str, float] = field(default_factory=dict)
     max_embedding_bytes: int | None = None
+    recall: Recall | None = None
     _embedding_bytes: int = 0
     _embeddings: set[int] = field(default_factory=set)
 

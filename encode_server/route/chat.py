@@ -77,10 +77,17 @@ def name_parts(parts: list[MediaPart], video_fps: float, prefix: str = "") -> di
 
 def media_items(parts: list[MediaPart]) -> dict[Modality, list[Item]]:
     """What has to be encoded, the same media once, exactly as an engine will ask for it."""
-    items: dict[Modality, dict[str, Item]] = {}
+    items: dict[Modality, dict[Item, None]] = {}
     for found in parts:
-        items.setdefault(found.modality, {})[found.source] = Item(found.source)
-    return {modality: list(named.values()) for modality, named in items.items()}
+        media = next((found.part[kind] for kind in URL_PARTS if isinstance(found.part.get(kind), dict)), found.part)
+        detail, side = media.get("detail"), media.get("max_long_side_pixel")
+        item = Item(
+            found.source,
+            detail=detail if isinstance(detail, str) else None,
+            max_long_side_pixel=side if isinstance(side, int) and side > 0 else None,
+        )
+        items.setdefault(found.modality, {})[item] = None
+    return {modality: list(different) for modality, different in items.items()}
 
 
 def put_metadata(

@@ -17,7 +17,8 @@ from encode_server.wire.modality import Modality
 class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
     does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
-    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol."""
+    cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol.
+    `traceparent`: the trace that the caller's engine names in the body (W3C Trace Context)."""
 
     req_id: str | None
     modality: Modality
@@ -30,6 +31,7 @@ class Ask:
     cached: bool = False
     frames: Literal["native", "sglang"] | None = None
     timeout_s: float | None = None
+    traceparent: str | None = None
 
     @property
     def destination(self) -> str:

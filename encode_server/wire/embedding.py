@@ -7,16 +7,19 @@ from dataclasses import dataclass
 
 from encode_server.wire.dtypes import ITEM_BYTES
 from encode_server.wire.frames import ItemInfo
+from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """An item's embedding: `data` holds tokens × dim values on the heap, never written to again."""
+    """An item's embedding: `data` holds tokens × dim values on the heap, never written to again. `options`: those that
+    it was encoded with, where that is known."""
 
     info: ItemInfo
     extra: dict[str, float | int | list[float]]
     data: memoryview
+    options: ItemOptions | None = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `min_pixels` and `max_pixels` bound the resized image, or one frame of a video as the checkpoint's video processor
     counts it; `fps` (frames per second of video) or `num_frames`, and `min_frames`, `max_frames`, choose frames.
+    `max_side`: an image is shrunk before all else so that no side is longer, in pixels.
     """
 
     min_pixels: int | None = None
@@ -18,3 +19,4 @@ class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     num_frames: int | None = None
     min_frames: int | None = None
     max_frames: int | None = None
+    max_side: int | None = None

@@ -34,6 +34,7 @@ class SGLangPush:
     ) -> None:
         self._pusher, self._frames, self._pickles, self._pool = pusher, frames, pickles, pool
         self._destinations, self._wait_s = destinations, wait_s
+        self._served: set[str] = set()  # endpoints that have the embedding
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
         """See `Delivery`. Raises DeadlineExceeded when a destination does not come in time."""
@@ -44,7 +45,7 @@ class SGLangPush:
             try:
                 async with asyncio.timeout(self._wait_s):
                     async for endpoint in self._destinations.arrivals():
-                        pushes.append(asyncio.create_task(self._pusher.push(endpoint, [header, data])))
+                        pushes.append(asyncio.create_task(self._push(endpoint, [header, data])))
             except TimeoutError:
                 wanted = self._destinations.wanted
                 came = f"{len(pushes)} of {wanted} destinations" if wanted else "no destination"
@@ -58,10 +59,15 @@ class SGLangPush:
                 push.cancel()
 
     async def fail(self, part: Part, error: EncodeError) -> None:
-        """See `Delivery`."""
+        """See `Delivery`. Endpoints that have the embedding are not told: an error would still end their request."""
         frame = self._frames.error(part, error)
         for endpoint in self._destinations.endpoints:
-            self._pusher.notify(endpoint, [frame])
+            if endpoint not in self._served:
+                self._pusher.notify(endpoint, [frame])
+
+    async def _push(self, endpoint: str, frames: list[bytes | memoryview]) -> None:
+        await self._pusher.push(endpoint, frames)
+        self._served.add(endpoint)
 
 
 class SGLangDeliveries:
