@@ -7,6 +7,12 @@
 #
 #   docker build -t encode-server:cpu --build-arg BASE=ubuntu:24.04 --build-arg TORCH=cpu .
 #
+# On other devices (nobody has built these two yet): ROCm, and an NVIDIA driver that is too old for CUDA 13:
+#
+#   docker build -t encode-server:rocm --build-arg BASE=rocm/dev-ubuntu-24.04:7.2 --build-arg TORCH=rocm7.2 .
+#   docker build -t encode-server:cu126 --build-arg BASE=nvidia/cuda:12.6.3-base-ubuntu24.04 --build-arg TORCH=cu126 .
+#   docker run --device /dev/kfd --device /dev/dri --group-add video --group-add render … encode-server:rocm
+#
 # Any option can be given as ENCODE_SERVER_* instead (`docker run encode-server serve --help` lists them). The port is
 # best left to ENCODE_SERVER_PORT, because the health check reads it. Useful beside the above:
 #   -e HF_TOKEN=…              for checkpoints that ask for one
@@ -17,9 +23,10 @@
 # What an image contains, and under which licences: see NOTICE. The packages take 5.6 GB with CUDA's libraries (3.1 GB of
 # them NVIDIA's own, proprietary) and 1.1 GB without, beside the base image.
 
-# `base` has the CUDA runtime and what the driver's hooks need; torch brings its other CUDA libraries itself.
+# `base` has the device's runtime and what the driver's hooks need; torch brings its other CUDA libraries itself.
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
-# `cuda`: torch as the package index has it. `cpu`: PyTorch's own build for CPUs, without NVIDIA's libraries.
+# `cuda`: torch as the package index has it. Else one of PyTorch's own builds, as uv names them (`--torch-backend`): `cpu`
+# (without NVIDIA's libraries), `rocm7.2`, `cu126`, …
 ARG TORCH=cuda
 
 FROM ${BASE} AS build
@@ -34,14 +41,14 @@ ENV UV_LINK_MODE=copy \
 WORKDIR /app
 RUN /opt/uv/bin/uv venv --python /usr/bin/python3 .venv
 # The dependencies first: gigabytes that change rarely, in a layer that a change of the code leaves alone. Their versions
-# and hashes are those of constraints.txt. The build for CPUs has other hashes than the index's: there the version holds.
+# and hashes are those of constraints.txt. PyTorch's own builds have other hashes than the index's: there the version holds.
 COPY pyproject.toml constraints.txt ./
 RUN --mount=type=cache,target=/root/.cache/uv \
-    if [ "$TORCH" = cpu ]; then \
+    if [ "$TORCH" != cuda ]; then \
         awk '/^[a-z]/ {bare = /^(torch|torchvision)==/} \
              bare {if (/^[a-z]/) {sub(/ *\\$/, ""); print}; next} \
              {print}' constraints.txt > chosen.txt \
-        && export UV_TORCH_BACKEND=cpu; \
+        && export UV_TORCH_BACKEND="$TORCH"; \
     else cp constraints.txt chosen.txt; fi \
     && /opt/uv/bin/uv pip install --constraint chosen.txt --requirement pyproject.toml --extra server
 COPY README.md LICENSE NOTICE ./

@@ -156,6 +156,6 @@ def relative_error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> f
     """Norm of the difference over the norm of what was expected, of all items; infinite for another shape."""
     if [part.shape for part in found] != [part.shape for part in expected]:
         return float("inf")
-    # Of all at once: `max` over items would overlook what is not a number.
+    # Over the whole array: `max` over items would overlook what is not a number.
     a, b = (torch.cat([part.flatten() for part in parts]) for parts in (found, expected))
     return float((a - b).norm() / b.norm())

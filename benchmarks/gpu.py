@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,10 +23,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.card.sheets import CARDS
 from benchmarks.correctness import PICTURES, checks, relative_error, run_ranks
 from benchmarks.floors import Floor, OurFloor, TransformersFloor
 from benchmarks.gpu_busy import BusySampler
 from benchmarks.processes import ServerProcess, server
+from benchmarks.roofline import FUSED
 from benchmarks.service import measure_ours
 from benchmarks.towers import FULL_SIZE, SMALL, TINY, Tower, write_checkpoint
 from encode_server.bench.load import Load
@@ -152,7 +155,8 @@ def _run(run: Run) -> bool:
             continue
         path = write_checkpoint(tower, run.folder / "full" / tower.model_type, dtype=run.dtype, device=run.device)
         run.found["towers"][name] = document = {"floors": floors(run, tower, path)}
-        run.console.print(floors_table(name, document["floors"], gemm))
+        document["predicted"] = predictions(run, name, path)
+        run.console.print(floors_table(name, document["floors"], gemm, document["predicted"]))
         run.save()
         document["service"] = service(run, path, document["floors"])
         run.save()
@@ -237,6 +241,33 @@ def _best(run: Run, floor: Floor, what: str, batches: tuple[int, ...]) -> dict[s
     return floor.best(what, fitting, run.sizes.seconds / 16)
 
 
+def predictions(run: Run, name: str, path: Path) -> dict[str, dict[str, Any]]:
+    """By picture size: what `benchmarks.roofline` says of full batches on this card; empty without its data sheet.
+
+    In a process that sees no GPU, because counting replaces parts of torch.cuda.
+    """
+    gpu = torch.cuda.get_device_name(0) if run.device == "cuda" else "H100"  # a CPU only tries the script out
+    card = next((card for card in CARDS if card in gpu), None)
+    if card is None or run.late("the prediction"):
+        return {}
+    file = run.folder / "predicted.json"
+    sizes = ",".join(map(str, run.sizes.floors))
+    options = [f"--model={path}", f"--card={card}", f"--sizes={sizes}", f"--way={FUSED}", f"--json={file}"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.roofline", *options],
+            check=True,
+            env=hidden,
+            capture_output=True,
+            timeout=run.left_s + STOP_S,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        run.found.setdefault("left_out", []).append(f"the prediction for {name}: {error}")
+        return {}
+    return {str(row["side"]): row for row in json.loads(file.read_text())}
+
+
 def service(run: Run, path: Path, floors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By picture size: the whole service over loopback HTTP, and how much of the time the device was busy."""
     found: dict[str, dict[str, Any]] = {}
@@ -278,8 +309,10 @@ def parallel(run: Run, path: Path) -> dict[str, Any]:
     return found
 
 
-def floors_table(name: str, found: dict[str, dict[str, Any]], gemm: float) -> Table:
-    """Our floor, transformers', and what the device could do at most."""
+def floors_table(
+    name: str, found: dict[str, dict[str, Any]], gemm: float, predicted: dict[str, dict[str, Any]]
+) -> Table:
+    """Our floor, transformers', what the device could do at most, and what was predicted."""
     table = Table(title=f"{name}: forward on ready tensors, one process", min_width=100)
     columns = (
         "picture",
@@ -288,6 +321,7 @@ def floors_table(name: str, found: dict[str, dict[str, Any]], gemm: float) -> Ta
         "batch",
         "TFLOP/s",
         "of the product",
+        "predicted",
         "transformers: images/s",
         "batch",
     )
@@ -302,6 +336,7 @@ def floors_table(name: str, found: dict[str, dict[str, Any]], gemm: float) -> Ta
             str(ours["batch"]),
             f"{ours['tflop_s']:.1f}",
             f"{ours['tflop_s'] / gemm:.0%}",
+            f"{predicted[side]['share']:.0%}" if side in predicted else "",
             f"{theirs['items_per_s']:.1f}",
             str(theirs["batch"]),
             f"{ours['items_per_s'] / theirs['items_per_s']:.2f}" if theirs["items_per_s"] else "",

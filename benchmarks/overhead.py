@@ -66,7 +66,7 @@ async def _measure(spec: GroupSpec, prepared: Prepared, batches: int) -> tuple[l
     forkserver = Forkserver("encode_server.models.preload:preload", preloaded)
     forkserver.start()
     keeper = asyncio.create_task(forkserver.run())
-    group = RankGroup(spec, forkserver, arena, lambda rank, step: None)
+    group = RankGroup(spec, forkserver, arena, lambda rank, step: None, lambda rank, text: print(text))
     added: list[float] = []
     own: list[float] = []
     try:

@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on CUDA, float32 else [auto]")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of floors and rank [all cores]")
     parser.add_argument("--sizes", default="224,448", help="sides of square JPEGs in pixels [224,448]")
-    parser.add_argument("--also", default="", help="of video,audio,mix: measure these too; mix is everything at once")
+    parser.add_argument(
+        "--also", default="", help="of video,audio,mix: measure these too; mix is all of them, at random"
+    )
     parser.add_argument("--concurrency", default="1,8,32", help="[1,8,32]")
     parser.add_argument("--seconds", type=float, default=10, help="least measured time of a load [10]")
     parser.add_argument("--rounds", type=int, default=2, help="times all loads are run, floors between them [2]")

@@ -67,17 +67,18 @@ def write_checkpoint(tower: Tower, directory: Path, *, dtype: str, device: str) 
     """A checkpoint of this tower, seeded, made on `device`, with a language model of next to nothing."""
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model_class, config = _model(tower)
+        model_class, config = model_and_config(tower)
         with torch.device(device):
             model = model_class(config)
         model.to(DTYPES[dtype]).save_pretrained(directory)
     (directory / "processor_config.json").write_text(
-        json.dumps(_processors(tower), default=lambda value: value.tolist())
+        json.dumps(processors(tower), default=lambda value: value.tolist())
     )
     return directory
 
 
-def _model(tower: Tower) -> tuple[Any, Any]:
+def model_and_config(tower: Tower) -> tuple[Any, Any]:
+    """transformers' class and its configuration."""
     import transformers
 
     vision: dict[str, Any] = {
@@ -110,7 +111,8 @@ def _model(tower: Tower) -> tuple[Any, Any]:
     return transformers.Qwen3VLForConditionalGeneration, config
 
 
-def _processors(tower: Tower) -> dict[str, Any]:
+def processors(tower: Tower) -> dict[str, Any]:
+    """Of images and of videos, as `processor_config.json` holds them."""
     import transformers
 
     size = {"shortest_edge": 56 * 56, "longest_edge": 2048 * 2048}  # nothing that is measured is made smaller

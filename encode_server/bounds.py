@@ -13,6 +13,7 @@ from encode_server import errors
 from encode_server.api import body, profiles, schemas
 from encode_server.delivery import destinations, folder
 from encode_server.delivery.sglang import endpoints, registrations
+from encode_server.engine import profile_limits
 from encode_server.media import patience, web
 from encode_server.media.limits import MediaLimits
 from encode_server.pipeline import admission
@@ -121,7 +122,9 @@ def _of_requests(s: Settings) -> Iterable[Bound]:
     yield Bound("share of one client", where, s.client_share, "", "429", "client_share")
     yield Bound("a body", "api/body.py", s.max_body_mb, "MiB", "413", "max_body_mb")
     yield Bound("a text field of a form", "api/body.py", body.FORM_TEXT, "bytes", "400")
-    yield Bound("values in a JSON body", "api/body.py", body.MAX_VALUES, "", "400")
+    json = body.json_limits(s.max_items)
+    yield Bound("a JSON body beside its media", "api/body.py", json.max_bytes, "bytes", "400")
+    yield Bound("strings in a larger JSON body", "api/body.py", json.max_strings, "", "400")
     yield Bound("items of a request", "api/body.py", s.max_items, "", "400", "max_items")
     yield Bound("a number in a request", "api/schemas.py", schemas.MAX_INT, "", "400")
     yield Bound("req_id, uuid", "api/schemas.py", schemas.MAX_ID, "characters", "400")
@@ -129,12 +132,15 @@ def _of_requests(s: Settings) -> Iterable[Bound]:
     yield Bound("a message about an error", "errors.py", errors.MAX_MESSAGE, "characters", "cut")
     yield Bound("a request's time", "service/life.py", s.max_timeout_s, "s", "504", "max_timeout_s")
     yield Bound("forwards of a profile", "api/profiles.py", profiles.MAX_FORWARDS, "", "400; the profile ends")
+    yield Bound("length of a profile", "engine/profiler.py", profile_limits.MAX_SECONDS, "s", "the profile ends")
+    yield Bound("events of a profile", "engine/profiler.py", profile_limits.MAX_BYTES >> 20, "MiB", "the profile ends")
 
 
 def _of_media(s: Settings) -> Iterable[Bound]:
     limits = MediaLimits()
     yield Bound("a media item as sent or downloaded", "media/limits.py", s.max_media_mb, "MiB", "413", "max_media_mb")
     yield Bound("pixels of an image or a frame", "media/limits.py", s.max_pixels, "", "413", "max_pixels")
+    yield Bound("reads of an image file, slow formats apart", "media/image.py", limits.image_reads, "", "413")
     yield Bound("frames of a video", "media/limits.py", s.max_frames, "", "413", "max_frames")
     yield Bound("chosen frames of a video, decoded", "media/limits.py", limits.max_decoded_bytes >> 20, "MiB", "413")
     yield Bound("length of a video", "media/limits.py", limits.max_video_seconds, "s", "413")

@@ -63,6 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         "--image", metavar="WxH", action="append", help="an image size to count the tokens of; repeatable"
     )
 
+    inspect.add_argument(
+        "--clip", metavar="WxHxS", action="append", help="size and seconds of a clip to count the tokens of; repeatable"
+    )
+    inspect.add_argument(
+        "--audio", metavar="S", action="append", help="seconds of audio to count the tokens of; repeatable"
+    )
+
     bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
     add_bench_arguments(bench)
 
@@ -109,8 +116,9 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
     if command == "inspect":
         from encode_server.models.report import report
 
-        sizes = {"sizes": tuple(options["image"])} if options["image"] else {}
-        print(report(options["model"], options["revision"], **sizes))
+        names = {"sizes": "image", "clips": "clip", "audios": "audio"}
+        given = {name: tuple(options[option]) for name, option in names.items() if options[option]}
+        print(report(options["model"], options["revision"], **given))
         return 0
     if command == "demo":
         once = options.pop("once")

@@ -64,6 +64,12 @@ class Forbidden(EncodeError):
     status, code = 403, "forbidden"
 
 
+class UnknownModel(EncodeError):
+    """A model of another name than this server's."""
+
+    status, code = 404, "unknown_model"
+
+
 class TooSlow(EncodeError):
     """The body arrives more slowly than the least rate."""
 
@@ -132,6 +138,13 @@ def by_code(code: str, message: str) -> EncodeError:
 
 class StartupError(Exception):
     """The server cannot start as asked. The message is one line for the operator; the process exits non-zero."""
+
+
+def first_of(error: BaseException) -> BaseException:
+    """The first error of an exception group, however deep the group is; any other error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def first_line(error: BaseException) -> str:

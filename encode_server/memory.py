@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encode_server.bounds import bounds, table
+from encode_server.runtime.cgroups import MOUNT, PROC, granted
 from encode_server.runtime.connections import ConnectionLimits
 from encode_server.service.server import preparer_processes
 from encode_server.settings import Settings
@@ -47,28 +48,18 @@ def worst_case(settings: Settings) -> list[Need]:
     ]
 
 
-def available(root: Path = Path("/")) -> int:
-    """The memory of this machine, or of the control group of this process where that has less, in bytes."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    groups = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        _, kind, path = line.split(":", 2)
-        if kind not in ("", "memory"):
-            continue
-        base, name = (groups, "memory.max") if kind == "" else (groups / "memory", "memory.limit_in_bytes")
-        folder = base / path.lstrip("/")
-        for group in (folder, *folder.parents):
-            if not group.is_relative_to(base):
-                break
-            try:
-                found.append(int((group / name).read_text()))
-            except (OSError, ValueError):  # no such group as this container sees it, or `max`
-                continue
-    return min(found)
+def available(proc: Path = PROC, mount: Path = MOUNT) -> int:
+    """The memory of this machine, or of the control group of this process where that has less, in bytes. `proc`,
+    `mount`: where the kernel tells of control groups."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def version2(group: Path) -> int:
+        return int((group / "memory.max").read_text())  # `max` is no number, and no limit
+
+    def version1(group: Path) -> int:
+        return int((group / "memory.limit_in_bytes").read_text())
+
+    return min([machine, *granted("memory", version2, version1, proc, mount)])
 
 
 def warning(settings: Settings) -> str | None:

@@ -43,13 +43,26 @@ class Settings(BaseSettings):
 
     # What is served, and on what.
     model: str = Field("demo", description="checkpoint: a directory, a hub id, or `demo` (small, random weights)")
+    served_model_name: CommaList = Field(
+        (),
+        description="names by which requests may call the model; answers have the first; none: what `--model` says",
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     tp: int = Field(1, ge=1, le=64, description="tensor-parallel ranks, one device each")
+    dp: int = Field(1, ge=1, le=64, description="groups of --tp ranks side by side, each with the whole encoder")
     device: Literal["auto", "cuda", "cpu"] = Field(
-        "auto", description="where the ranks run; auto: CUDA when there is one"
+        "auto", description="where the ranks run; auto: on GPUs when there are some (cuda: ROCm's, too)"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's on CUDA, float32 on a CPU without fast bfloat16"
+    )
+    flash_attention: Literal["2", "3"] = Field(
+        "2", description="version of FlashAttention on a GPU; 3: a Hopper GPU with the package flash_attn_3 installed"
+    )
+
+    tf32: bool = Field(
+        False,
+        description="on a GPU, multiply float32 matrices in TF32, several times faster and less exact",
     )
 
     # HTTP.
@@ -104,7 +117,7 @@ class Settings(BaseSettings):
         60.0,
         gt=0,
         description="older forwards mean that the ranks hang; what a forward should take, once learnt, gives "
-        "a shorter limit",
+        "a limit of its own",
     )
     load_timeout_s: float = Field(900.0, gt=0, description="longest time the ranks may take to load")
     grace_s: float = Field(20.0, ge=0, description="after SIGTERM: time for accepted work to finish")
@@ -141,6 +154,9 @@ class Settings(BaseSettings):
         "`off`; `public` keeps the public internet beside them",
     )
     media_roots: CommaList = Field((), description="directories below which file:// media is read; empty: none")
+    image_alpha: Literal["drop", "white"] = Field(
+        "drop", description="transparent images: drop the alpha channel (transformers, SGLang), or lay on white (vLLM)"
+    )
     media_formats: Literal["common", "all"] = Field(
         "common", description="image formats that are decoded; all: also those that are slow or rare"
     )
@@ -209,7 +225,10 @@ class Settings(BaseSettings):
         "off", description="spans of requests and their stages; otlp: sent as OpenTelemetry's OTEL_* variables say"
     )
 
-    @field_validator("media_allow", "media_roots", "destination_allow", "api_keys", "register_url", mode="before")
+    @field_validator(
+        *("media_allow", "media_roots", "destination_allow", "api_keys", "served_model_name", "register_url"),
+        mode="before",
+    )
     @classmethod
     def _split_commas(cls, value: Any, field: ValidationInfo) -> Any:
         parts = value.split(",") if isinstance(value, str) else value

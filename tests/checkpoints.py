@@ -167,8 +167,22 @@ def _thinker_config() -> Any:
 def _thinker(directory: Path) -> None:
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+    from tests.models.families.parts import tokenizer
+
     processors = _qwen_processors(do_sample_frames=True, fps=2) | _extractor(32, chunk_length=10)
     _save(Qwen2_5OmniThinkerForConditionalGeneration(_thinker_config()), directory, processors)
+    tokenizer(
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        audio_token="<|audio_pad|>",
+        vision_bos_token="<|vision_start|>",
+        vision_eos_token="<|vision_end|>",
+        audio_bos_token="<boa>",
+        audio_eos_token="<eoa>",
+    ).save_pretrained(directory)
+    config = json.loads((directory / "processor_config.json").read_text())
+    config["processor_class"] = "Qwen2_5OmniProcessor"
+    (directory / "processor_config.json").write_text(json.dumps(config))
 
 
 def _omni(directory: Path) -> None:
@@ -250,10 +264,22 @@ def _siglip_vision(directory: Path) -> None:
     _save(SiglipVisionModel(SiglipVisionConfig(**_tower())), directory, {"image_processor": processor})
 
 
+def _siglip_headless(directory: Path) -> None:
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    processor = SiglipImageProcessor(size={"height": 56, "width": 56})
+    config = SiglipVisionConfig(**_tower(), vision_use_head=False)
+    _save(SiglipVisionModel(config), directory, {"image_processor": processor})
+    # As language models' checkpoints have it: the setting is left out, and so is the head.
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("vision_use_head")
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def _clip(directory: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    config = CLIPConfig(vision_config=_tower(), text_config=_small_text())
+    config = CLIPConfig(vision_config=_tower(), text_config=_small_text(), projection_dim=40)
     processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     _save(CLIPModel(config), directory, {"image_processor": processor})
 
@@ -263,6 +289,14 @@ def _clip_vision(directory: Path) -> None:
 
     processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     _save(CLIPVisionModel(CLIPVisionConfig(**_tower())), directory, {"image_processor": processor})
+
+
+def _clip_projection(directory: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**_tower(projection_dim=24)))
+    _save(model, directory, {"image_processor": processor})
 
 
 def _dinov2(directory: Path) -> None:
@@ -298,7 +332,9 @@ BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "whisper": _whisper,
     "siglip": _siglip,
     "siglip_vision_model": _siglip_vision,
+    "siglip_headless": _siglip_headless,
     "clip": _clip,
+    "clip_projection": _clip_projection,
     "clip_vision_model": _clip_vision,
     "dinov2": _dinov2,
 }

@@ -103,6 +103,13 @@ class LiveServer:
             time.sleep(0.05)
         raise AssertionError(f"not healthy after {timeout} s:\n{self.log}")
 
+    def metric(self, series: str) -> float:
+        """The value of one series of `/metrics`: its name, with all its labels as they stand there."""
+        lines = httpx.get(self.base_url + "/metrics", timeout=30, verify=self.verify).text.splitlines()
+        values = [line.rpartition(" ")[2] for line in lines if line.rpartition(" ")[0] == series]
+        assert len(values) == 1, f"{series} is {len(values)} times in /metrics"
+        return float(values[0])
+
     def rank_pids(self) -> list[int]:
         """The rank processes that exist, in the order of their ranks."""
         return self._named("rank ")

@@ -69,7 +69,30 @@ def _break_decoder(module):
     module.decode_image = _faulty_decoder(module.decode_image)
 
 
-_BROKEN = {"encode_server.models.encoder": _break_encoder, "encode_server.media.image": _break_decoder}
+def _is_rank(pid):
+    try:
+        with open(f"/proc/{pid}/comm") as comm:  # noqa: PTH123
+            return comm.read().startswith("rank")
+    except OSError:
+        return False
+
+
+def _break_signals(module):
+    kill = module.Child.kill
+
+    def maybe(self):
+        if not _is_rank(self.pid):
+            kill(self)
+
+    if os.environ.get("FAULT_UNKILLABLE"):  # ranks stay after SIGKILL, as in a driver that hangs
+        module.Child.kill = maybe
+
+
+_BROKEN = {
+    "encode_server.models.encoder": _break_encoder,
+    "encode_server.media.image": _break_decoder,
+    "encode_server.runtime.forkserver": _break_signals,
+}
 
 
 class _Loader(importlib.abc.Loader):

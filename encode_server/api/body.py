@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 from python_multipart.multipart import parse_options_header
@@ -17,16 +19,22 @@ from starlette.requests import Request
 from encode_server.api.schemas import EncodeBody, ItemBody, Sizing
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
-from encode_server.runtime.bodies import chunks, declared_length, from_json, read_all
+from encode_server.runtime.bodies import chunks, declared_length, read_all
 from encode_server.runtime.charge import Charge
+from encode_server.runtime.outline import Outline, OutlineLimits, outline
 from encode_server.runtime.pools import Pace, run, run_sized
 from encode_server.service.caller import Ask
 from encode_server.wire.items import ItemOptions
+from encode_server.wire.pools import Pool
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
-COUNTED = 1 << 20  # bytes
 LOW_DETAIL = 512  # pixels a side, as OpenAI's API has it
-MAX_VALUES = 1_000_000  # in a JSON body: decoding many more would hold the interpreter for seconds
+JSON_BYTES = 1 << 20  # of a JSON body beside its media: decoding them holds the interpreter for some milliseconds
+ITEM_BYTES = 4 << 10  # of them, for each item: two names, options, the URL or what stands for the media
+ITEM_STRINGS = 64
 
 
 class _InMemory(MultiPartParser):
@@ -44,24 +52,30 @@ class BodyLimits:
     least_rate: int
 
 
+def json_limits(max_items: int) -> OutlineLimits:
+    """What a JSON body may hold beside its media."""
+    return OutlineLimits(max(JSON_BYTES, ITEM_BYTES * max_items), ITEM_STRINGS * max(max_items, 64))
+
+
 async def read_encode(request: Request, pool: Executor, limits: BodyLimits, charge: Charge) -> Ask:
     """What the body of `POST /encode` asks for, each piece charged as it arrives.
 
     Raises BadRequest when it is malformed or holds more items than `limits` say, TooLarge above their bytes (before
     reading on), TooSlow, TooBusy, CallerGone.
     """
-    max_bytes, max_items = limits.max_bytes, limits.max_items
-    if declared_length(request) > max_bytes:
-        raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
+    max_items = limits.max_items
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
+        check_length(request, limits.max_bytes)
         body, media = await _read_form(request, pool, limits, charge)
-        _check_count(len(media), max_items)
+        check_count(len(media), max_items)
         return _ask(body, media)
-    raw = await read_all(request, max_bytes, limits.least_rate, charge)
-    body = await run_sized(pool, Pace.JSON, len(raw), _decode, raw)
-    _check_count(len(body.mm_items), max_items)
-    return _ask(body, [_media_item(item) for item in body.mm_items])
+    return await read_json(request, pool, limits, charge, EncodeBody, partial(_from_document, max_items))
+
+
+def _from_document(max_items: int, found: Outline[EncodeBody]) -> Ask:
+    check_count(len(found.body.mm_items), max_items)
+    return _ask(found.body, [_media_item(item, found) for item in found.body.mm_items])
 
 
 def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
@@ -78,32 +92,51 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         frames=body.frames,
         timeout_s=body.timeout_s,
         traceparent=_traceparent(body.time_stats_json),
+        model=body.model,
+        pool=None if body.pool is None else Pool(body.pool),
     )
 
 
-def _decode(raw: bytearray) -> EncodeBody:
-    # In steps: each holds the interpreter until it returns, and the loop waits for the interpreter.
-    if sum(raw.count(b",", at, at + COUNTED) for at in range(0, len(raw), COUNTED)) > MAX_VALUES:
-        raise BadRequest(f"the body holds more than {MAX_VALUES} values")
-    return from_json(raw, EncodeBody)
+async def read_json(
+    request: Request,
+    pool: Executor,
+    limits: BodyLimits,
+    charge: Charge,
+    kind: type[T],
+    then: Callable[[Outline[T]], R],
+) -> R:
+    """What `then`, in a thread of the pool, makes of the JSON body as `kind`. Raises as `read_encode` does."""
+    check_length(request, limits.max_bytes)
+    raw = await read_all(request, limits.max_bytes, limits.least_rate, charge)
+    return await run_sized(pool, Pace.JSON, len(raw), lambda: then(outline(raw, kind, json_limits(limits.max_items))))
 
 
-def _check_count(items: int, most: int) -> None:
+def check_length(request: Request, max_bytes: int) -> None:
+    """Raise TooLarge for a body that says that it is larger than `max_bytes`."""
+    if declared_length(request) > max_bytes:
+        raise TooLarge(f"the body has {declared_length(request)} bytes, at most {max_bytes} are taken")
+
+
+def check_count(items: int, most: int, field: str = "mm_items") -> None:
+    """Raise BadRequest for more than `most` items in `field`."""
     if items > most:
-        raise BadRequest(f"mm_items holds {items} items, at most {most} are taken")
+        raise BadRequest(f"{field} holds {items} items, at most {most} are taken")
 
 
-def _media_item(item: str | ItemBody) -> MediaItem:
+def _media_item(item: str | ItemBody, found: Outline[EncodeBody]) -> MediaItem:
     if isinstance(item, str):
-        return MediaItem(item)
+        return MediaItem(found.text(item))
+    return MediaItem(found.text(item.url), _options(item), item.content_hash, item.uuid)
+
+
+def _options(item: ItemBody) -> ItemOptions:
     sizing = {name: getattr(item, name) for name in Sizing.__struct_fields__}
     if (beside := item.preprocess_kwargs) is not None:
         sizing |= {name: getattr(beside, name) for name, value in sizing.items() if value is None}
     sides = [item.max_long_side_pixel] if item.max_long_side_pixel is not None else []
     if item.detail == "low":
         sides.append(LOW_DETAIL)
-    options = ItemOptions(**sizing, max_side=min(sides, default=None))
-    return MediaItem(item.url, options, item.content_hash, item.uuid)
+    return ItemOptions(**sizing, max_side=min(sides, default=None))
 
 
 def _traceparent(time_stats: Any) -> str | None:
@@ -147,7 +180,7 @@ async def _read_form(
         shared = msgspec.convert(fields | {"url": ""}, ItemBody, strict=False)
     except msgspec.ValidationError as error:
         raise BadRequest(f"the form's fields are not those expected: {error}") from None
-    options = _media_item(shared).options
+    options = _options(shared)
     uuids, hashes = (_once_per_item(form, field, len(media)) for field in ("uuid", "content_hash"))
     return body, [MediaItem(*item) for item in zip(media, [options] * len(media), hashes, uuids, strict=True)]
 

@@ -37,14 +37,19 @@ class EncodeEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        request = Request(scope, receive)
-        try:
-            caller = HttpCaller(self._server, request, send)
-        except EncodeError as error:
-            note_end(self._server.metrics, Record(stages={"total": 0.0}), error.code)
-            await answers.error_answer(error, None)(scope, receive, send)
-            return
-        await serve_encode(self._server, caller)
+        await serve(self._server, HttpCaller, scope, receive, send)
+
+
+async def serve(server: Server, kind: type[HttpCaller], scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer one request, whose caller is of `kind`."""
+    request = Request(scope, receive)
+    try:
+        caller = kind(server, request, send)
+    except EncodeError as error:
+        note_end(server.metrics, Record(stages={"total": 0.0}), error.code)
+        await answers.error_answer(error, None)(scope, receive, send)
+        return
+    await serve_encode(server, caller)
 
 
 class HttpCaller:
@@ -79,7 +84,10 @@ class HttpCaller:
     async def answer(self, req_id: str, encoded: Encoded, limit_s: float) -> None:
         """See `Caller`."""
         build = answers.safetensors_body if self._binary else answers.json_body
-        body = build(req_id, encoded)
+        await self.send(build(req_id, encoded), req_id, limit_s)
+
+    async def send(self, body: answers.Body, req_id: str, limit_s: float) -> None:
+        """Send `body`, each piece within `limit_s` seconds. Raises DeliveryFailed."""
         headers = [(b"content-type", body.media_type.encode()), (b"content-length", str(body.size).encode())]
         headers += [(name.lower().encode(), value.encode()) for name, value in self._load_headers().items()]
         self._answering = True

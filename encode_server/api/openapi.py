@@ -25,10 +25,22 @@ _EXAMPLES = {
     },
 }
 
+_EMBEDDINGS_EXAMPLES = {
+    "input": {"summary": "URLs or data URIs", "value": {"input": [_IMAGE], "modality": "image"}},
+    "messages": {
+        "summary": "A chat message",
+        "value": {
+            "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": _IMAGE}}]}],
+            "encoding_format": "base64",
+        },
+    },
+}
+
 _ERRORS = {
     400: "Malformed request, or media that cannot be decoded",
     401: "No API key, or a wrong one",
     403: "A source or destination that is not allowed",
+    404: "The request names another model",
     408: "The body arrived too slowly",
     409: "The same part of the same request is in progress, or the uuid names other media in the store",
     413: "Above a limit",
@@ -49,6 +61,7 @@ def complete(document: dict[str, Any], *, locked: bool) -> dict[str, Any]:
     """
     references, schemas = openapi_components()
     document["paths"]["/encode"] = {"post": _encode(references)}
+    document["paths"]["/v1/embeddings"] = {"post": _embeddings(references)}
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(schemas)
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "One of --api-keys."}}
@@ -59,10 +72,31 @@ def complete(document: dict[str, Any], *, locked: bool) -> dict[str, Any]:
     return document
 
 
-def _encode(references: dict[str, Any]) -> dict[str, Any]:
-    def json_of(name: str, **more: Any) -> dict[str, Any]:
-        return {answers.JSON: {"schema": references[name], **more}}
+def _embeddings(references: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "summary": "One vector for each image, video or audio",
+        "operationId": "embeddings",
+        "requestBody": {
+            "required": True,
+            "content": _json_of(references, "EmbeddingsBody", examples=_EMBEDDINGS_EXAMPLES),
+        },
+        "responses": {
+            "200": {"description": "The vectors", "content": _json_of(references, "EmbeddingsAnswer")},
+            **_errors(references),
+        },
+    }
 
+
+def _json_of(references: dict[str, Any], name: str, **more: Any) -> dict[str, Any]:
+    return {answers.JSON: {"schema": references[name], **more}}
+
+
+def _errors(references: dict[str, Any]) -> dict[str, Any]:
+    content = _json_of(references, "ErrorAnswer")
+    return {str(status): {"description": text, "content": content} for status, text in _ERRORS.items()}
+
+
+def _encode(references: dict[str, Any]) -> dict[str, Any]:
     form = {
         "type": "object",
         "required": ["modality", "file"],
@@ -77,7 +111,8 @@ def _encode(references: dict[str, Any]) -> dict[str, Any]:
         "operationId": "encode",
         "requestBody": {
             "required": True,
-            "content": json_of("EncodeBody", examples=_EXAMPLES) | {"multipart/form-data": {"schema": form}},
+            "content": _json_of(references, "EncodeBody", examples=_EXAMPLES)
+            | {"multipart/form-data": {"schema": form}},
         },
         "responses": {
             "200": {
@@ -87,9 +122,6 @@ def _encode(references: dict[str, Any]) -> dict[str, Any]:
                     answers.OCTETS: {"schema": {"type": "string", "format": "binary"}},
                 },
             },
-            **{
-                str(status): {"description": text, "content": json_of("ErrorAnswer")}
-                for status, text in _ERRORS.items()
-            },
+            **_errors(references),
         },
     }

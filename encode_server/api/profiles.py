@@ -18,8 +18,8 @@ MAX_FORWARDS = 256
 
 
 class ProfileOptions(msgspec.Struct):
-    """`/start_profile`: it ends after `num_steps` forwards, or before that at `/stop_profile`. A trace grows with every
-    forward, and the ranks write it before they go on."""
+    """`/start_profile`: it ends after `num_steps` forwards, or before that at `/stop_profile` or at a bound of
+    `engine.profiler`."""
 
     output_dir: str | None = None
     num_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_FORWARDS)] = MAX_FORWARDS

@@ -10,11 +10,12 @@ from starlette.routing import Route
 
 from encode_server import __version__
 from encode_server.api import answers
+from encode_server.api.embeddings import EmbeddingsEndpoint
 from encode_server.api.encode import EncodeEndpoint
 from encode_server.api.profiles import add_profile_routes
 from encode_server.delivery.sglang.endpoints import add_sglang_routes
 from encode_server.runtime.pools import run
-from encode_server.service.info import server_info
+from encode_server.service.info import models, server_info
 from encode_server.service.server import Server
 
 
@@ -22,6 +23,7 @@ def build_router(server: Server) -> APIRouter:
     """All routes of one server."""
     router = APIRouter()
     router.routes.append(Route("/encode", EncodeEndpoint(server), methods=["POST"]))
+    router.routes.append(Route("/v1/embeddings", EmbeddingsEndpoint(server), methods=["POST"]))
 
     @router.get("/health", summary="A real encode, or the progress of one")
     @router.get("/health_generate", include_in_schema=False)
@@ -29,9 +31,10 @@ def build_router(server: Server) -> APIRouter:
         verdict = await server.health()
         return Response(msgspec.json.encode(verdict.document), 200 if verdict.healthy else 503, media_type=answers.JSON)
 
-    @router.get("/livez", summary="Whether the process answers")
-    async def livez() -> dict[str, str]:
-        return {"status": "alive", "version": __version__}
+    @router.get("/livez", summary="Whether the process answers, and can go on")
+    async def livez() -> Response:
+        document = {"status": "failed" if server.fatal else "alive", "version": __version__}
+        return Response(msgspec.json.encode(document), 503 if server.fatal else 200, media_type=answers.JSON)
 
     @router.get("/readyz", summary="Whether requests are taken")
     async def readyz() -> Response:
@@ -49,6 +52,11 @@ def build_router(server: Server) -> APIRouter:
         server.keys.client(request)
         document = await run(server.pools.work, server_info, server)
         return Response(msgspec.json.encode(document), media_type=answers.JSON)
+
+    @router.get("/v1/models", summary="The model and its names")
+    async def list_models(request: Request) -> Response:
+        server.keys.client(request)
+        return Response(msgspec.json.encode(models(server)), media_type=answers.JSON)
 
     add_profile_routes(router, server)
     if server.settings.protocol == "sglang":

@@ -57,6 +57,8 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     frames: Literal["native", "sglang"] | None = None
     timeout_s: Seconds | None = None
     time_stats_json: Any = None
+    model: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
+    pool: Literal["mean", "cls", "model"] | None = None
 
     def checked_modality(self) -> Modality:
         """The modality, in any case. Raises BadRequest naming those there are."""
@@ -66,8 +68,57 @@ class EncodeBody(msgspec.Struct, kw_only=True):
             raise BadRequest(f"modality is {self.modality!r}, expected image, video or audio") from None
 
 
+class EmbeddingsBody(msgspec.Struct, kw_only=True):
+    """`POST /v1/embeddings`. Unknown fields are ignored.
+
+    `input`: one media item or several, as URLs, data URIs or base64, all of one `modality`; or chat messages: those of
+    one conversation, or a list of such lists. `messages`: the same messages, by vLLM's name. Each conversation holds
+    one media part. `normalize` (vLLM: `use_activation`): vectors of length 1.
+    """
+
+    input: str | Annotated[list[str | dict[str, Any] | list[Any]], msgspec.Meta(min_length=1)] | None = None
+    messages: Annotated[list[dict[str, Any] | list[Any]], msgspec.Meta(min_length=1)] | None = None
+    modality: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    model: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
+    pool: Literal["mean", "cls", "model"] | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    normalize: bool = True
+    use_activation: bool | None = None
+    dimensions: int | None = None
+
+    def normalized(self) -> bool:
+        """Whether vectors of length 1 are wanted."""
+        return self.normalize if self.use_activation is None else self.use_activation
+
+
+class EmbeddingData(msgspec.Struct, kw_only=True):
+    """The vector of one item. `embedding`: numbers, or base64 of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: Literal["embedding"] = "embedding"
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """Rows that the encoder made of all items."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(msgspec.Struct, kw_only=True):
+    """One vector for each item, in the order of the items."""
+
+    id: str
+    created: int
+    model: str
+    data: list[EmbeddingData]
+    usage: Usage
+    object: Literal["list"] = "list"
+
+
 def openapi_components() -> tuple[dict[str, Any], dict[str, Any]]:
     """References by type name, and the JSON schemas they point to."""
-    types = (EncodeBody, Answer, Delivered, ErrorAnswer)
+    types = (EncodeBody, EmbeddingsBody, Answer, EmbeddingsAnswer, Delivered, ErrorAnswer)
     references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     return dict(zip((t.__name__ for t in types), references, strict=True)), components

@@ -13,7 +13,7 @@ import msgspec
 from encode_server.client.answers import error_from, from_json, from_safetensors
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
-from encode_server.client.media import Media, items_json
+from encode_server.client.media import Media, Piece, items_json
 from encode_server.wire.answers import Delivered
 from encode_server.wire.modality import Modality
 
@@ -182,7 +182,7 @@ class EncodeClient:
         self, media: Sequence[Media], fields: dict[str, object], accept: str, timeout_s: float | None
     ) -> bytearray:
         given = {name: value for name, value in (fields | {"timeout_s": timeout_s}).items() if value is not None}
-        pieces = [b'{"mm_items":', *await items_json(media), b",", msgspec.json.encode(given)[1:]]
+        pieces: list[Piece] = [b'{"mm_items":', *await items_json(media), b",", msgspec.json.encode(given)[1:]]
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(sum(map(len, pieces))),
@@ -195,7 +195,7 @@ class EncodeClient:
         return answer.body
 
     async def exchange(
-        self, method: str, path: str, limit: float, pieces: list[bytes] | None, headers: dict[str, str]
+        self, method: str, path: str, limit: float, pieces: Sequence[Piece] | None, headers: dict[str, str]
     ) -> Answer:
         """One request, its body in `pieces`, and its answer, whatever its status, in `limit` seconds.
 
@@ -224,14 +224,12 @@ class EncodeClient:
             raise ServerUnreachable(message, connected=connected) from exc
 
 
-def _fields(
-    modality: Modality | str, req_id: str | None, num_parts: int = 1, part_idx: int = 0
-) -> dict[str, object]:
+def _fields(modality: Modality | str, req_id: str | None, num_parts: int = 1, part_idx: int = 0) -> dict[str, object]:
     return {"modality": str(modality), "req_id": req_id, "num_parts": num_parts, "part_idx": part_idx}
 
 
-async def _sent(pieces: list[bytes]) -> AsyncIterator[bytes]:
+async def _sent(pieces: Sequence[Piece]) -> AsyncIterator[bytes]:
     # A large body in one go would be copied in one go, on the loop.
     for piece in pieces:
         for start in range(0, len(piece), SEND_BYTES):
-            yield piece[start : start + SEND_BYTES]
+            yield bytes(piece[start : start + SEND_BYTES])

@@ -16,17 +16,33 @@ PIECE_BYTES = 3 * 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A URL, data URI or bare base64 that is JSON already, quotes included: it is sent on without a copy.
+
+    `prefix`: JSON without quotes that is to stand before the text of `json`.
+    """
+
+    json: memoryview
+    prefix: bytes = b""
+
+    @property
+    def inside(self) -> tuple[bytes, memoryview]:
+        """What stands between the quotes, in pieces."""
+        return self.prefix, self.json[1:-1]
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One media item with options of its own.
 
     `media`: a URL, data URI or bare base64 (`str`), the file's content (`bytes`), or a local file (`Path`).
     `min_pixels`, `max_pixels`: bounds of an image's or frame's area. `fps`: frames sampled per second of video, at most
     `max_frames` of them. `max_long_side_pixel`: longest side an image may have; `detail`: `low` means 512 of these.
-    `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of
-    its embedding in a store. None leaves the server's own choice.
+    `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of its embedding in a
+    store. None leaves the server's own choice.
     """
 
-    media: str | bytes | Path
+    media: str | bytes | Path | Written
     min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float | None = None
@@ -40,7 +56,10 @@ class Item:
 Media = str | bytes | Path | Item
 
 
-async def items_json(media: Sequence[Media]) -> list[bytes]:
+Piece = bytes | bytearray | memoryview
+
+
+async def items_json(media: Sequence[Media]) -> list[Piece]:
     """The `mm_items` of a request as JSON in pieces to be sent one after another, none of them joined.
 
     Strings go as they are, bytes and files as base64, made in a thread when large. Raises `OSError` for a file that
@@ -50,13 +69,13 @@ async def items_json(media: Sequence[Media]) -> list[bytes]:
         raise TypeError("media is a list of items, also for one item")
     if not media:
         raise ValueError("no media given")
-    pieces: list[bytes] = []
+    pieces: list[Piece] = []
     for item in media:
         pieces += [b"," if pieces else b"[", *await _item_json(item)]
     return [*pieces, b"]"]
 
 
-async def _item_json(item: Media) -> list[bytes]:
+async def _item_json(item: Media) -> list[Piece]:
     if not isinstance(item, Item):
         return await _source_json(item)
     options = {name: getattr(item, name) for name in Item.__slots__ if name != "media"}
@@ -65,7 +84,9 @@ async def _item_json(item: Media) -> list[bytes]:
     return [b'{"url":', *await _source_json(item.media), rest]
 
 
-async def _source_json(media: str | bytes | Path) -> list[bytes]:
+async def _source_json(media: str | bytes | Path | Written) -> list[Piece]:
+    if isinstance(media, Written):
+        return [b'"', *media.inside, b'"'] if media.prefix else [media.json]
     if isinstance(media, str):
         return [msgspec.json.encode(media)]
     if isinstance(media, Path):
@@ -77,8 +98,8 @@ async def _source_json(media: str | bytes | Path) -> list[bytes]:
     return await asyncio.to_thread(_base64_json, media)
 
 
-def _base64_json(data: bytes) -> list[bytes]:
+def _base64_json(data: bytes) -> list[Piece]:
     # In pieces: one call for all of it would keep the GIL from the loop.
     view = memoryview(data).cast("B")
-    pieces = [pybase64.b64encode(view[i : i + PIECE_BYTES]) for i in range(0, len(view), PIECE_BYTES)]
+    pieces: list[Piece] = [pybase64.b64encode(view[i : i + PIECE_BYTES]) for i in range(0, len(view), PIECE_BYTES)]
     return [b'"', *pieces, b'"']

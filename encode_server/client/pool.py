@@ -18,6 +18,7 @@ from encode_server.client.errors import EncodeServerError, ServerUnreachable
 from encode_server.client.http import EncodeClient
 from encode_server.client.media import Item, Media
 from encode_server.client.receiver import EmbeddingReceiver
+from encode_server.errors import first_of
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
 
@@ -222,7 +223,7 @@ class EncoderPool:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self._spread([item], item.uuid or "", timeout, pushed)) for item in media]
         except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_of(failures) from None
         return tuple(info for task in tasks for part in task.result() for info in part.result)
 
     async def _spread(
@@ -244,7 +245,7 @@ class EncoderPool:
             why = f"the last failure was: {last[-1]}" if last else self._nobody_well()
             raise TimeoutError(f"not encoded within {limit:g} s; {why}") from None
         except BaseExceptionGroup as failures:
-            raise _first(failures) from None
+            raise first_of(failures) from None
         return [task.result() for task in tasks]
 
     async def _until_done(
@@ -329,10 +330,3 @@ def _item_infos(count: int, parts: list[_Part[tuple[ItemInfo, ...]]]) -> tuple[I
     """What is known of each item, in the order of the items."""
     by_index = {i: info for part in parts for i, info in zip(part.indices, part.result, strict=True)}
     return tuple(by_index[i] for i in range(count))
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,7 @@ class EntryFolder:
         self._max_entries, self._entry_count = max_entries, 0
         self._lock = threading.Lock()
         self._used: int | None = None  # not known before the directory was read
+        self._writing_bytes = self._writing = 0  # entries that are being written: counted, and not in place yet
         try:
             Path(path).mkdir(parents=True, exist_ok=True)
             self._root = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -99,17 +100,19 @@ class EntryFolder:
         """
         check_identifier(identifier)
         size = on_disk(sum(memoryview(piece).nbytes for piece in pieces))
-        self._make_room(size)
+        more = max(0, size - self._size_of(identifier))
+        self._reserve(more)
         try:
-            self._write(identifier, pieces)
+            self._write(identifier, pieces, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreFull("the disk of the embedding store is full", bound="store") from None
             log.error("cannot store %s: %s", identifier, error)
             raise DeliveryFailed(f"the embedding store cannot be written to: {error.strerror}") from None
-        with self._lock:
-            self._used = (self._used or 0) + size
-            self._entry_count += 1
+        finally:
+            with self._lock:
+                self._writing_bytes -= more
+                self._writing -= 1
 
     def metadata(self, identifier: str) -> dict[str, str]:
         """What the head of an entry says of its content; empty where there is no entry, or none of ours."""
@@ -168,19 +171,35 @@ class EntryFolder:
                     gone += 1
         return gone
 
-    def _write(self, identifier: str, pieces: Sequence[bytes | memoryview]) -> None:
+    def _write(self, identifier: str, pieces: Sequence[bytes | memoryview], size: int) -> None:
         for attempt in range(TRIES):
             with contextlib.suppress(FileExistsError):
                 os.mkdir(identifier, dir_fd=self._root)
             try:
                 with self._opened(identifier) as folder:
-                    _write_entry(folder, pieces)
+                    _write_entry(folder, pieces, lambda name: self._place(folder, name, size))
                     return
             except FileNotFoundError:  # another server found the folder empty, or the file not locked yet
                 if attempt == TRIES - 1:
                     raise
 
-    def _make_room(self, size: int) -> None:
+    def _place(self, folder: int, name: str, size: int) -> None:
+        """Rename what was written, and count what that changes."""
+        with self._lock:  # nobody counts the directory meanwhile, or replaces the same entry
+            old = _size_in(folder)
+            os.rename(name, ENTRY, src_dir_fd=folder, dst_dir_fd=folder)
+            self._used = (self._used or 0) + size - (old or 0)
+            self._entry_count += old is None
+
+    def _size_of(self, identifier: str) -> int:
+        """What an entry takes of the disk; 0 where there is none."""
+        with contextlib.suppress(OSError), self._opened(identifier) as folder:
+            return _size_in(folder) or 0
+        return 0
+
+    def _reserve(self, size: int) -> None:
+        """Count bytes before they are written: of many that are written concurrently, each must find room of its own.
+        Raises StoreFull."""
         with self._lock:
             if self._used is None:
                 self._expire(self.max_bytes)
@@ -192,9 +211,12 @@ class EntryFolder:
                     headers={"Retry-After": str(round(self._floor_s) or 1)},
                     bound="store",
                 )
+            self._writing_bytes += size
+            self._writing += 1
 
     def _full(self, size: int) -> bool:
-        return (self._used or 0) + size > self.max_bytes or self._entry_count >= self._max_entries
+        held = (self._used or 0) + self._writing_bytes
+        return held + size > self.max_bytes or self._entry_count + self._writing >= self._max_entries
 
     def _expire(self, max_bytes: int, max_entries: int | None = None) -> int:
         most = self._max_entries if max_entries is None else max_entries
@@ -221,8 +243,7 @@ class EntryFolder:
             except OSError:
                 continue
             else:
-                size = max(on_disk(found.st_size), found.st_blocks * 512 + BLOCK)
-                yield _Entry(name, size, found.st_mtime)
+                yield _Entry(name, _size(found), found.st_mtime)
 
     def _forget_lookup(self, name: str) -> None:
         # vLLM makes the folder of whatever it looks up. Only names like its digests: the directory may have other uses.
@@ -250,7 +271,20 @@ class EntryFolder:
             os.close(folder)
 
 
-def _write_entry(folder: int, pieces: Sequence[bytes | memoryview]) -> None:
+def _size(found: os.stat_result) -> int:
+    return max(on_disk(found.st_size), found.st_blocks * 512 + BLOCK)
+
+
+def _size_in(folder: int) -> int | None:
+    """What the entry in this folder takes of the disk; None where there is none."""
+    try:
+        return _size(os.stat(ENTRY, dir_fd=folder, follow_symlinks=False))
+    except FileNotFoundError:
+        return None
+
+
+def _write_entry(folder: int, pieces: Sequence[bytes | memoryview], place: Callable[[str], None]) -> None:
+    """Write a file below `folder`, and have it put in place by its name."""
     name = f".encoder_cache.{secrets.token_hex(8)}.tmp"
     file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
     try:
@@ -259,7 +293,7 @@ def _write_entry(folder: int, pieces: Sequence[bytes | memoryview]) -> None:
             view = memoryview(piece).cast("B")
             while view:
                 view = view[os.write(file, view) :]
-        os.rename(name, ENTRY, src_dir_fd=folder, dst_dir_fd=folder)
+        place(name)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=folder)

@@ -56,7 +56,7 @@ class _Region:
 
 
 class Arena:
-    """The front's side of the arena. `reserve` bytes at the end are kept for the health probe."""
+    """The front's side of the arena. `reserve` bytes at the end are kept for health probes."""
 
     def __init__(self, size: int, reserve: int = 4 << 20) -> None:
         self.size = size + reserve

@@ -17,6 +17,7 @@ import zmq
 from encode_server.engine.arena import Arena
 from encode_server.errors import StartupError
 from encode_server.runtime.forkserver import Forkserver
+from encode_server.runtime.outside import killed_from_outside, oom_kills, stopped_from_outside
 from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
@@ -47,17 +48,21 @@ class GroupLost(Exception):
     """The ranks died, hang or stopped making sense. What was in flight has not been delivered.
 
     `suspect`: the command was being executed, so the command may be the cause. `out_of_memory`: the command is the
-    cause, for lack of memory.
+    cause, for lack of memory. `outside`: as far as can be known, somebody outside of the server ended or
+    stopped a rank.
     """
 
-    def __init__(self, reason: str, *, suspect: bool = False, out_of_memory: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, suspect: bool = False, out_of_memory: bool = False, outside: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.suspect, self.out_of_memory = suspect, out_of_memory
+        self.suspect, self.out_of_memory, self.outside = suspect, out_of_memory, outside
 
 
 @dataclass(frozen=True)
 class GroupSpec:
-    """What a group is started with; see `wire.ranks.RankSetup`. `threads` is per rank."""
+    """What a group is started with; see `wire.ranks.RankSetup`. `threads` is per rank. `index`: of the group, among
+    `groups` of them side by side; their ranks take the devices in order."""
 
     path: str
     world: int
@@ -66,16 +71,31 @@ class GroupSpec:
     checkpoint_dtype: str
     threads: int
     facts: Facts | None = None
+    tf32: bool = False
+    flash_attention: str = "2"
+    index: int = 0
+    groups: int = 1
+
+    @property
+    def prefix(self) -> str:
+        """What names the group in the log; nothing where it is the only one."""
+        return f"group {self.index}: " if self.groups > 1 else ""
+
+    def rank_name(self, rank: int) -> str:
+        """What `ps` shows."""
+        return f"rank {self.index}.{rank}" if self.groups > 1 else f"rank {rank}"
 
 
 @dataclass
 class Pending:
     """A command that the ranks have not all acknowledged. `expected_s`: how long a forward should take, None where
-    nothing is known. `started`: of `time.monotonic()`, when the ranks came to it."""
+    nothing is known. `started`: of `time.monotonic()`, when the ranks came to it. `oom_kills`: what
+    `runtime.outside.oom_kills` said then."""
 
     command: m.Acknowledged
     expected_s: float | None = None
     started: float | None = None
+    oom_kills: int | None = None
     done: dict[int, m.Done] = field(default_factory=dict)
     waited: dict[int, Waited] = field(default_factory=dict)  # by rank's process, at the first look at its age
     future: asyncio.Future[list[m.Done]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -91,15 +111,23 @@ class _Rank:
 class RankGroup:
     """Start, feed, watch and stop N ranks. Owns their processes and links; `stop` releases everything.
 
-    `lost` is set, once, with the reason when the group can no longer be trusted; only `stop` makes sense then.
+    `lost` is set, once, with the reason when the group can no longer be trusted; only `stop` makes sense then. `gone`
+    is set once `stop` has ended every process: nothing of the group touches the arena any more.
     """
 
     def __init__(
-        self, spec: GroupSpec, forkserver: Forkserver, arena: Arena, on_progress: Callable[[int, str], None]
+        self,
+        spec: GroupSpec,
+        forkserver: Forkserver,
+        arena: Arena,
+        on_progress: Callable[[int, str], None],
+        on_warning: Callable[[int, str], None],
     ) -> None:
-        self._spec, self._forkserver, self._arena, self._on_progress = spec, forkserver, arena, on_progress
+        self._spec, self._forkserver, self._arena = spec, forkserver, arena
+        self._on_progress, self._on_warning = on_progress, on_warning
         loop = asyncio.get_running_loop()
         self.lost: asyncio.Future[str] = loop.create_future()
+        self.gone: asyncio.Future[None] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._ranks: list[_Rank] = []
@@ -151,7 +179,7 @@ class RankGroup:
         return await self._call(m.StartProfile(next(self._seq), path, forwards))
 
     async def stop_profile(self) -> list[m.Done]:
-        """Have every rank write its trace. Raises GroupLost."""
+        """Have every rank end its profile and begin to write its trace. Raises GroupLost."""
         return await self._call(m.StopProfile(next(self._seq)))
 
     def age_s(self, pending: Pending) -> float:
@@ -167,20 +195,25 @@ class RankGroup:
             pending.waited = {pid: waited(pid) for pid in late}
         return max(0.0, age - max((starved_seconds(pid, pending.waited.get(pid, {})) for pid in late), default=0.0))
 
-    def fail(self, reason: str, cause: Cause) -> None:
-        """Declare the group lost: everything in flight raises GroupLost."""
+    def stopped_from_outside(self) -> bool:
+        """Whether a rank stands still because somebody stopped it."""
+        return any(rank.peer.pid is not None and stopped_from_outside(rank.peer.pid) for rank in self._ranks)
+
+    def fail(self, reason: str, cause: Cause, *, outside: bool = False) -> None:
+        """Declare the group lost: everything in flight raises GroupLost. `outside`: see there."""
         if self.lost.done():
             return
         self.cause = cause
         self.lost.set_result(reason)
         for pending in self._pending.values():
             if not pending.future.done():
-                pending.future.set_exception(GroupLost(reason, suspect=pending.started is not None))
+                suspect = pending.started is not None
+                pending.future.set_exception(GroupLost(reason, suspect=suspect, outside=outside))
                 pending.future.exception()  # the caller may be gone
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """End every rank (politely if the group is sound, else immediately), wait until all are gone, close the
-        links."""
+        links. Raises Unkillable when a process stays."""
         polite = self._ready.done() and not self.lost.done()
         self.fail("the group was stopped", self.cause)
         for rank in self._ranks:
@@ -188,9 +221,14 @@ class RankGroup:
                 rank.peer.link.send(m.encode(m.Shutdown()))
             else:
                 rank.peer.kill()
-        await asyncio.gather(*(rank.peer.close(grace_s if polite else 0.0) for rank in self._ranks))
+        closing = (rank.peer.close(grace_s if polite else 0.0) for rank in self._ranks)
+        ends = await asyncio.gather(*closing, return_exceptions=True)
         self._ranks.clear()
         self._context.destroy(linger=0)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+        self.gone.set_result(None)
 
     async def _fork(self, index: int, store: int) -> None:
         peer = Peer(self._context, lambda frames: self._on_event(index, frames[0]))
@@ -208,10 +246,14 @@ class RankGroup:
             threads=spec.threads,
             arena_bytes=self._arena.size,
             facts=spec.facts,
+            device_index=spec.index * spec.world + index,
+            devices=spec.groups * spec.world,
+            tf32=spec.tf32,
+            flash_attention=spec.flash_attention,
         )
         fds = (self._arena.fd, store)
         argument = msgspec.msgpack.encode(setup)
-        await peer.start(self._forkserver, f"rank {index}", ENTRY, argument, fds)
+        await peer.start(self._forkserver, spec.rank_name(index), ENTRY, argument, fds)
         peer.exited.add_done_callback(lambda exited: self._on_exit(index, rank, exited.result()))
 
     async def _call(self, command: m.Acknowledged, expected_s: float | None = None) -> list[m.Done]:
@@ -236,6 +278,8 @@ class RankGroup:
             case m.Progress(_, step):
                 rank.state = step
                 self._on_progress(index, step)
+            case m.Warned(_, message):
+                self._on_warning(index, message)
             case m.Ready(_, info):
                 rank.state, rank.info = "ready", info
                 self._on_progress(index, "ready")
@@ -283,13 +327,17 @@ class RankGroup:
         for pending in itertools.islice(self._pending.values(), info.at_once if info else 1):
             if pending.started is None:
                 pending.started = time.monotonic()
+                pending.oom_kills = oom_kills()
             if not isinstance(pending.command, m.Forward):
                 break  # nothing overtakes it
 
     def _on_exit(self, index: int, rank: _Rank, code: int) -> None:
         rank.state = "dead"
         how = signal.Signals(-code).name if code < 0 else f"code {code}"
-        self.fail(f"rank {index} exited with {how}", Cause.DIED)
+        # The first rank to exit: this server itself kills ranks of a lost group only.
+        oldest = self.oldest()
+        outside = killed_from_outside(code, oldest.oom_kills if oldest else None)
+        self.fail(f"rank {index} exited with {how}", Cause.DIED, outside=outside)
 
 
 def _first_error(done: Mapping[int, m.Done]) -> str:

@@ -22,18 +22,21 @@ import torch
 import torch.distributed as dist
 import zmq
 
+from encode_server.engine import device as devices
 from encode_server.engine.device import resolve_device, resolve_dtype
+from encode_server.engine.lane import Lane
 from encode_server.engine.profiler import Profiler
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError, first_line
 from encode_server.models.encoder import Encoder, load_encoder
 from encode_server.runtime.channel import Channel
+from encode_server.runtime.tracebacks import let_go
 from encode_server.wire import ranks as m
 
 NICE = 5  # of a rank on a CPU: the front runs rarely and briefly on the same cores, but must run immediately
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
 ON_A_CPU = 8  # most concurrent batches: beyond that, Python's own part of a forward, one thread at a time, counts
-ON_A_GPU = 2  # concurrent batches: while one computes, the other is copied in and out
+ON_A_GPU = 2  # batches in progress: while one computes, the other is launched, and its embeddings are copied out
 
 
 class TensorStore:
@@ -50,19 +53,13 @@ class TensorStore:
         where the driver refuses; the arena is as usable as before.
         """
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        code = torch.cuda.cudart().cudaHostRegister(address, len(self._map), 0)  # type: ignore[no-untyped-call]
-        try:
-            torch.cuda.check_error(code)
-        except RuntimeError:
-            with contextlib.suppress(RuntimeError):  # the runtime would say it once more, of the next kernel
-                torch.zeros(1, device="cuda")
-            raise
+        devices.pin(address, len(self._map))
         self._pinned = address
 
     def close(self) -> None:
         """Undo `pin`. The map itself goes with the last tensor over it."""
         if self._pinned is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned)  # type: ignore[no-untyped-call]
+            devices.unpin(self._pinned)
             self._pinned = None
 
     def tensor(self, ref: m.TensorRef) -> torch.Tensor:
@@ -80,6 +77,7 @@ class Worker:
 
     def __init__(self, encoder: Encoder, store: TensorStore, rank: int) -> None:
         self._encoder, self._store, self._rank = encoder, store, rank
+        self._lane = None if encoder.info.device == "cpu" else Lane(encoder.info.device)
 
     @property
     def info(self) -> m.EncoderInfo:
@@ -91,41 +89,47 @@ class Worker:
         self._store.close()
 
     def forward(self, command: m.Forward) -> m.Done | m.Failed:
-        try:
-            started = time.perf_counter()
-            items = [{ref.name: self._store.tensor(ref) for ref in item.inputs} for item in command.items]
-            embeddings = self._encoder.forward(command.modality, items)
-            self._synchronize()
-            forward_s = time.perf_counter() - started
-            if self._rank == 0:
-                self._write(command, embeddings)
-                self._synchronize()
-        except torch.OutOfMemoryError as error:
-            return self._failed(command, error, out_of_memory=True)
-        except Exception as error:
-            return self._failed(command, error)
-        return m.Done(self._rank, command.seq, forward_s=forward_s)
-
-    def _synchronize(self) -> None:
-        """Wait until the device has done what this thread asked of it."""
-        if self._encoder.info.device != "cpu":
-            torch.cuda.current_stream(self._encoder.info.device).synchronize()
-
-    def _failed(self, command: m.Forward, error: Exception, *, out_of_memory: bool = False) -> m.Done | m.Failed:
-        """The batch's failure; the rank's where it broke the CUDA context, in which nothing works any more."""
+        """Encode one batch. The batch's failure is in the answer; `Failed` where the rank cannot go on."""
+        done = self._attempt(command)
+        if not done.error:
+            return done
+        # Only now, when the exception is gone: its traceback held the activations of the layers that had run.
         try:
             if self._encoder.info.device != "cpu":
-                torch.cuda.synchronize(self._encoder.info.device)
-                torch.cuda.empty_cache()
-        except Exception as broken:
+                devices.recover(self._encoder.info.device)
+        except Exception as broken:  # the error broke the context, in which nothing works any more
             return m.Failed(self._rank, _one_line(broken))
-        return m.Done(self._rank, command.seq, error=_one_line(error), out_of_memory=out_of_memory)
+        return done
+
+    def _attempt(self, command: m.Forward) -> m.Done:
+        try:
+            items = [{ref.name: self._store.tensor(ref) for ref in item.inputs} for item in command.items]
+            forward = partial(self._encoder.forward, command.modality, items)
+            write = partial(self._write, command)
+            forward_s = _run_here(forward, write) if self._lane is None else self._lane.run(forward, write)
+        except Exception as error:
+            done = m.Done(self._rank, command.seq, _one_line(error), devices.is_out_of_memory(error))
+            let_go(error)
+            return done
+        return m.Done(self._rank, command.seq, forward_s=forward_s)
 
     def _write(self, command: m.Forward, embeddings: list[torch.Tensor]) -> None:
+        """Queue the copies of the embeddings into the arena, on rank 0."""
+        if self._rank != 0:
+            return
         for item, embedding in zip(command.items, embeddings, strict=True):
             if tuple(embedding.shape) != item.output.shape:
                 raise ValueError(f"embedding of shape {tuple(embedding.shape)}, expected {item.output.shape}")
             self._store.tensor(item.output).copy_(embedding, non_blocking=True)
+
+
+def _run_here(forward: Callable[[], list[torch.Tensor]], write: Callable[[list[torch.Tensor]], None]) -> float:
+    """As `Lane.run`, on a CPU."""
+    started = time.perf_counter()
+    embeddings = forward()
+    forward_s = time.perf_counter() - started
+    write(embeddings)
+    return forward_s
 
 
 def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threads: SideBySide | None) -> None:
@@ -136,7 +140,7 @@ def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threa
                 threads.submit(partial(_forward_and_post, worker, command, channel))
             case m.Forward() as command:
                 channel.send(m.encode(worker.forward(command)))
-                with contextlib.suppress(Exception):  # a trace that cannot be written is no reason to fail an item
+                with contextlib.suppress(Exception):  # a profile that fails is no reason to lose the rank
                     profiler.forwarded()
             case m.StartProfile(seq, path, forwards):
                 start = partial(profiler.start, f"{path}rank{rank}.json.gz", forwards)
@@ -145,23 +149,36 @@ def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threa
                 channel.send(m.encode(_attempt(rank, seq, profiler.stop)))
             case m.Ping(seq):
                 channel.send(m.encode(m.Done(rank, seq)))
+                with contextlib.suppress(Exception):
+                    profiler.look()
             case m.Shutdown():
                 return
 
 
-def load(setup: m.RankSetup, arena_fd: int, store_fd: int, progress: Callable[[str], None]) -> Worker:
+def load(
+    setup: m.RankSetup,
+    arena_fd: int,
+    store_fd: int,
+    progress: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> Worker:
     """Join the group and load the encoder. The front's first health probe warms the encoder up."""
     torch.set_num_threads(setup.threads)
-    device = resolve_device(setup.device, setup.rank)
+    device = resolve_device(setup.device, setup.device_index, setup.devices)
+    dtype = resolve_dtype(setup.dtype, setup.checkpoint_dtype, device)
     if device == "cpu":
         os.nice(NICE)
     else:
-        torch.cuda.set_device(device)
+        devices.use(device)
+        progress(devices.choose_precision(dtype, tf32=setup.tf32))
+        if setup.world > 1 and (little := devices.little_shared_memory()) is not None:
+            warn(little)
+        devices.choose_flash_attention(setup.flash_attention, device)
     if setup.world > 1:
         progress("joining the group")
         # A FileStore on the inherited memfd: torch's TCPStore would let any local user join, and a file could leak.
         dist.init_process_group(
-            "gloo" if device == "cpu" else "nccl",
+            dist.get_default_backend_for_device(torch.device(device)),  # gloo; nccl, which is RCCL on ROCm
             store=dist.FileStore(f"/proc/self/fd/{store_fd}", setup.world),  # type: ignore[attr-defined]
             rank=setup.rank,
             world_size=setup.world,
@@ -171,7 +188,7 @@ def load(setup: m.RankSetup, arena_fd: int, store_fd: int, progress: Callable[[s
     encoder = load_encoder(
         setup.path,
         device=device,
-        dtype=resolve_dtype(setup.dtype, setup.checkpoint_dtype, device),
+        dtype=dtype,
         rank=setup.rank,
         world=setup.world,
         facts=setup.facts,
@@ -188,7 +205,7 @@ def load(setup: m.RankSetup, arena_fd: int, store_fd: int, progress: Callable[[s
         try:
             store.pin()
         except RuntimeError as error:
-            progress(f"the arena is not pinned, copies will wait for the device: {first_line(error)}")
+            warn(f"the arena is not pinned, so that copies wait for the device: {first_line(error)}")
     return Worker(encoder, store, setup.rank)
 
 
@@ -201,13 +218,7 @@ def _side_by_side(info: m.EncoderInfo, cores: int) -> Iterator[SideBySide | None
     if info.at_once == 1:
         yield None
         return
-
-    def own_stream() -> None:
-        if info.device != "cpu":
-            # Of this thread; it sets its device too.
-            torch.cuda.set_stream(torch.cuda.Stream(info.device))  # type: ignore[no-untyped-call]
-
-    threads = SideBySide(info.at_once, cores, own_stream)
+    threads = SideBySide(info.at_once, cores)
     try:
         yield threads
     finally:
@@ -241,13 +252,21 @@ def main(argument: bytes, fds: Sequence[int]) -> int:
     channel = Channel(context, setup.socket)
     try:
         with _joined_group(), contextlib.ExitStack() as freed:
-            worker = load(setup, arena_fd, store_fd, lambda step: channel.send(m.encode(m.Progress(setup.rank, step))))
+            worker = load(
+                setup,
+                arena_fd,
+                store_fd,
+                lambda step: channel.send(m.encode(m.Progress(setup.rank, step))),
+                lambda message: channel.send(m.encode(m.Warned(setup.rank, message))),
+            )
             freed.callback(worker.close)
             info = worker.info
             gc.freeze()  # what is loaded stays: a collection that walks through it would idle the device
             channel.send(m.encode(m.Ready(setup.rank, info)))
             with _side_by_side(info, setup.threads) as threads:
-                serve(channel, worker, Profiler(info.device), setup.rank, threads)
+                profiler = Profiler(info.device)
+                serve(channel, worker, profiler, setup.rank, threads)
+                profiler.close()
     except StartupError as error:
         channel.send(m.encode(m.Failed(setup.rank, str(error))))
         return 3

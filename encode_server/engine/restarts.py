@@ -13,7 +13,8 @@ LONGEST_DELAY_S = 15.0
 class Restarts:
     """Ranks that had got work done are started again immediately, however often they are lost. Ranks that end before
     they have done anything are not helped by haste: at most `allowed` such losses within `window_s` seconds, each
-    followed by twice the delay of the last one, up to 15 s.
+    followed by twice the delay of the last one, up to 15 s. With `allowed` 0 no ranks are started again, whether they
+    had got work done or not.
     """
 
     def __init__(self, allowed: int, window_s: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -10,18 +10,17 @@ from threading import Lock
 
 
 class SideBySide:
-    """Runs `count` jobs concurrently; those that run share the `cores`. `prepare` is called first in each thread.
+    """Runs `count` jobs concurrently; those that run share the `cores`.
 
     On a CPU, a job per core: threads that share one matrix product wait for each other at its end, dozens of times per
     layer, so whoever takes one core for a moment holds up all of them. Side by side they need not: on 2 cores 1.3 times
     the throughput. A job that is alone has all cores.
 
-    On a GPU, with two jobs: one copies in and out while the other computes.
+    On a GPU, with two jobs: one is launched while the other computes (`engine.lane`).
     """
 
-    def __init__(self, count: int, cores: int, prepare: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, count: int, cores: int) -> None:
         self._count, self._cores = count, cores
-        self._prepare = prepare
         self._lock = Lock()
         self._waiting: deque[Callable[[], None]] = deque()
         # Jobs that come one at a time all run on the first thread: OpenMP keeps helpers for each thread that ever had
@@ -63,4 +62,3 @@ class SideBySide:
 
         # torch gives a new thread its default at first use, which would undo a choice made before.
         torch.get_num_threads()
-        self._prepare()

@@ -136,6 +136,7 @@ class _Walk:
     def _check(self, kind: bytes, start: int, end: int) -> None:
         """Check the box of this kind whose content lies between `start` and `end`."""
         track = self._tracks[-1]
+        version = self._data[start : min(start + 1, end)]  # nothing, in an empty box
         if kind in _COUNTED:
             count = self._count(kind, *_COUNTED[kind], start, end)
             if kind == b"elst":
@@ -151,7 +152,7 @@ class _Walk:
             track.samples = max(track.samples, self._number(start + 5, end))
         elif kind == b"hdlr":
             track.handlers |= {self._data[start + 8 : start + 12]} & {b"soun", b"vide"}
-        elif (kind == b"iinf" and self._data[start] > 0) or (kind == b"iloc" and self._data[start] > 1):
+        elif (kind == b"iinf" and version > b"\0") or (kind == b"iloc" and version > b"\1"):
             # The items of a HEIF image. Earlier versions count with 16 bits.
             self._count(kind, 4 if kind == b"iinf" else 6, 6, start, end)
         elif kind == b"cmov":

@@ -16,6 +16,9 @@ class MediaLimits:
 
     `max_bytes`: compressed bytes of one item, from any source.
     `max_pixels`: width x height of an image or of one video frame, checked before it is decoded.
+    `image_reads`: reads of an image's file while it is opened and decoded, slow formats apart. Pillow reads headers in
+    Python, piece by piece: a PNG of 64 MB may have five million chunks, which take minutes. Large photographs take
+    thousands of reads.
     `max_frames`: frames in one video. `max_video_seconds`, `max_audio_seconds`: its length in seconds.
     `max_decoded_bytes`: bytes of the chosen frames of one video as uint8 RGB.
     `max_ratio`: decoded bytes of an image for each compressed byte; images below `ratio_floor_bytes` decoded bytes
@@ -23,11 +26,13 @@ class MediaLimits:
     their frames, seconds and decoded bytes are bounded instead.
     `decode_seconds`: time for one decode, checked between frames or blocks.
     `slow_formats`: whether image formats are decoded that are slow or rare, see `image.SLOW_FORMATS`.
+    `white_behind`: whether transparent images are laid on white, see `image.decode_image`.
     `redirects`: redirects followed for one URL. `fetch_seconds`: time for one URL, from name resolution to last byte.
     """
 
     max_bytes: int = 64 * _MIB
     max_pixels: int = 64_000_000
+    image_reads: int = 200_000
     max_frames: int = 36_000
     max_video_seconds: float = 3600.0
     max_audio_seconds: float = 1800.0
@@ -36,6 +41,7 @@ class MediaLimits:
     ratio_floor_bytes: int = 64 * _MIB
     decode_seconds: float = 30.0
     slow_formats: bool = False
+    white_behind: bool = False
     redirects: int = 5
     fetch_seconds: float = 20.0
 

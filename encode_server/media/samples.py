@@ -101,6 +101,33 @@ def noise(width: int, height: int, seed: int = 0) -> bytes:
     return out.getvalue()
 
 
+def still_clip(width: int, height: int, seconds: int) -> bytes:
+    """An MP4 of grey frames, 10 a second. `width` and `height` in pixels, even."""
+    import av
+    import numpy as np
+
+    out = io.BytesIO()
+    with av.open(out, mode="w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        frame = np.full((height, width, 3), 128, np.uint8)
+        for _ in range(10 * seconds):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def silence(seconds: float) -> bytes:
+    """A WAV of silence, 16 kHz, mono, 16 bits."""
+    out = io.BytesIO()
+    with wave.open(out, mode="wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SOUND_RATE)
+        file.writeframes(bytes(2 * round(seconds * SOUND_RATE)))
+    return out.getvalue()
+
+
 def probe_media(modality: Modality) -> bytes:
     """Tiny media for a health probe and for warming up, made by the standard library alone.
 

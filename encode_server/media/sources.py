@@ -44,29 +44,35 @@ class MediaSource:
         self._limits = limits
         self._executor = executor
 
-    async def fetch(self, url: str, charge: Charge = free, client: str = "") -> bytes:
-        """The compressed bytes of the media that `url` names, at least one; each piece is charged before it is kept.
-        `client`: who asks, for fairness.
+    async def fetch(self, source: str | tuple[str, ...], charge: Charge = free, client: str = "") -> bytes:
+        """The compressed bytes of the media that `source` names, at least one; each piece is charged before it is
+        kept. `source`: a text, or the pieces of a long one. `client`: who asks, for fairness.
 
         Raises `Forbidden` for a source that the options do not allow, `TooLarge` beyond a limit, and `BadMedia` for a
         source that is malformed, cannot be reached, or doesn't arrive in time. Raises what `charge` raises.
         """
+        pieces = (source,) if isinstance(source, str) else source
+        url = pieces[0]  # a text in pieces is longer than any URL may be: what is refused is its beginning
         loop = asyncio.get_running_loop()
         scheme = re.match(r"\s*([a-zA-Z][a-zA-Z0-9+.-]{0,30}):", url)
         name = scheme[1].lower() if scheme else ""
         if name in ("http", "https"):
-            pieces = await self._web.get(url.strip(), charge, client)
-            return await loop.run_in_executor(self._executor, b"".join, pieces)
+            body = await self._web.get(url.strip(), charge, client)
+            return await loop.run_in_executor(self._executor, body.take)
         if name == "file" or self._files.is_path(url):
             media = await loop.run_in_executor(self._executor, self._files.read, url, self._limits)
             await charge(len(media))
             return media
         if name not in ("", "data"):
             raise BadMedia(f"the scheme {name}: is not supported, expected http, https, data or file")
-        await charge(len(url) // 4 * 3)  # beside the text, which the request keeps
-        # Percent signs are decoded thirty times as slowly.
-        weight = len(url) * (30 if "%" in url else 1)
-        return await run_sized(self._executor, Pace.BASE64, weight, decode_inline, url.lstrip(), self._limits)
+        return await self._inline(pieces, charge)
+
+    async def _inline(self, pieces: tuple[str, ...], charge: Charge) -> bytes:
+        size = sum(map(len, pieces))
+        await charge(size // 4 * 3)  # beside the text, which the request keeps
+        # Percent signs are decoded eight times as slowly.
+        weight = size * (8 if any("%" in piece for piece in pieces) else 1)
+        return await run_sized(self._executor, Pace.BASE64, weight, decode_inline, pieces, self._limits)
 
     async def aclose(self) -> None:
         """Close the connections. The executor stays its owner's."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from encode_server.errors import BadMedia, TooLarge
+from encode_server.errors import BadMedia, EncodeError, TooLarge
 from encode_server.media.container import VIDEO_DECODERS, open_container, pick_stream
 from encode_server.media.guard import decoding
 from encode_server.media.limits import MediaLimits, Stopwatch
@@ -69,19 +69,25 @@ def decode_video(
         info = replace(info, total_num_frames=total)
 
 
-def video_bytes(data: bytes, most_frames: int | None, limits: MediaLimits) -> int:
-    """The most bytes that `decode_video` holds beside `data` for up to `most_frames` frames (None: any number).
+def video_bytes(data: bytes, choose: Callable[[VideoInfo], Sequence[int]], limits: MediaLimits) -> int:
+    """The most bytes that `decode_video` holds beside `data`, from the header alone.
 
-    The header tells the size of a frame and, in some formats, the number of frames. The true figure is known as soon as
-    `choose` is called: the indices that it returns times `VideoInfo.frame_bytes`.
+    The header tells the size of a frame and, in some formats, the number of frames; a video without that number counts
+    as long as it may be. Where `choose` cannot choose from what the header tells, all frames count.
 
     Raises what `decode_video` raises for the same header.
     """
     limits.check_bytes(len(data))
     with decoding("video"), open_container(data, limits) as container:
         stream = _open_stream(container, limits)
-        pixels: int = stream.codec_context.width * stream.codec_context.height
-        frames: int = min(stream.frames or limits.max_frames, most_frames or limits.max_frames, limits.max_frames)
+        width, height = int(stream.codec_context.width), int(stream.codec_context.height)
+        frames = min(int(stream.frames) or limits.max_frames, limits.max_frames)
+        fps = _frame_rate(stream, frames, limits.max_video_seconds)
+    try:
+        frames = len(choose(VideoInfo(frames, fps, frames / fps, width, height)))
+    except (EncodeError, ValueError):
+        pass  # the header may be wrong; the decode asks again, with the right number
+    pixels = width * height
     return min(frames * pixels * 3, limits.max_decoded_bytes) + pixels * _DECODER_BYTES_PER_PIXEL
 
 

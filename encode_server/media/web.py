@@ -12,12 +12,15 @@ import httpx
 from encode_server import __version__
 from encode_server.errors import BadMedia
 from encode_server.media.addresses import Address, parse_address
+from encode_server.media.arriving import Arriving
 from encode_server.media.limits import MediaLimits
+from encode_server.media.network import MediaNetwork
 from encode_server.media.patience import PatientNetwork, PatientStream
 from encode_server.media.policy import UrlPolicy, refusal
 from encode_server.runtime.charge import Charge, free
 from encode_server.runtime.resolving import Resolver as SystemResolver
 from encode_server.runtime.slots import FairSlots
+from encode_server.runtime.turns import Turns
 
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Takes host and port, gives its addresses as text. Raises `OSError` for a name that has none."""
@@ -58,19 +61,22 @@ class WebFetcher:
         self._places = FairSlots(MAX_FETCHES, CLIENT_SHARE)
         # As many threads as fetches: a name server that doesn't answer delays those alone who ask for its names.
         self._resolver = SystemResolver(MAX_FETCHES, limit_s=limits.fetch_seconds)
+        self._turns = Turns()
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=ssl_context or httpx.create_ssl_context(trust_env=False),
             max_connections=None,
             max_keepalive_connections=32,
             keepalive_expiry=10.0,
             network_backend=_VettedNetwork(
-                policy, resolve or self._resolver.look_up, PatientNetwork(network or httpcore.AnyIOBackend())
+                policy,
+                resolve or self._resolver.look_up,
+                PatientNetwork(network or MediaNetwork(), self._turns),
             ),
         )
 
-    async def get(self, text: str, charge: Charge = free, client: str = "") -> list[bytes]:
-        """The body at the URL `text`, in pieces, each charged before it is kept; joining them is left to a thread.
-        `client`: who asks, for fairness.
+    async def get(self, text: str, charge: Charge = free, client: str = "") -> Arriving:
+        """The body at the URL `text`, each piece charged before it is kept; taking it is left to a thread. `client`:
+        who asks, for fairness.
 
         Raises `Forbidden` for a host that the policy refuses, first or after a redirect, `TooLarge` beyond
         `limits.max_bytes`, `BadMedia` for all else that keeps it from arriving within `limits.fetch_seconds`.
@@ -97,7 +103,7 @@ class WebFetcher:
         """Close every connection. A fetch in progress fails."""
         await self._pool.aclose()
 
-    async def _get_once(self, url: httpx.URL, charge: Charge) -> list[bytes] | httpx.URL:
+    async def _get_once(self, url: httpx.URL, charge: Charge) -> Arriving | httpx.URL:
         """One request: the body, or where the answer redirects to."""
         self._policy.check_host(url.raw_host.decode("ascii"), _port(url))
         seconds = self._limits.fetch_seconds
@@ -124,22 +130,22 @@ class WebFetcher:
                 raise BadMedia(f"the host {url.host!r} sent a compressed body, expected the media as they are")
             return await self._body(response, headers.get(b"content-length", b""), charge)
 
-    async def _body(self, response: httpcore.Response, declared: bytes, charge: Charge) -> list[bytes]:
+    async def _body(self, response: httpcore.Response, declared: bytes, charge: Charge) -> Arriving:
         if declared.isdigit():
             self._limits.check_bytes(int(declared[:20]))
-        parts: list[bytes] = []
-        size = 0
+        body = Arriving()
+        parts = 0
         async for part in response.aiter_stream():
-            size += len(part)
-            self._limits.check_bytes(size)
+            self._limits.check_bytes(len(body) + len(part))
             await charge(len(part))
-            parts.append(part)
-            if len(parts) % 32 == 0:
+            body.append(part)
+            parts += 1
+            if parts % 32 == 0:
                 # Thousands of tiny chunks in one packet must not block the loop.
-                await asyncio.sleep(0)
-        if not size:
+                await self._turns.wait()
+        if not len(body):
             raise BadMedia("the URL gives an empty body")
-        return parts
+        return body
 
 
 class _VettedNetwork(httpcore.AsyncNetworkBackend):
@@ -189,6 +195,7 @@ def _parse(text: str, base: httpx.URL | None = None) -> httpx.URL:
         url = base.join(text) if base is not None else httpx.URL(text)
         host = url.raw_host.decode("ascii")
         port = _port(url)
+        _ = url.host  # raises for a name that is no punycode, which messages would read later
     except (httpx.InvalidURL, ValueError) as error:
         raise BadMedia("the URL is malformed") from error
     if url.scheme not in ("http", "https"):

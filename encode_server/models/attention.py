@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from encode_server.models.transfer import to_device
+
 IMPLEMENTATION = "encode_server_flash_segments"
+_LAYOUT = "_encode_server_layout"
 
 
 class Segments:
@@ -24,7 +27,7 @@ class Segments:
         """`lengths`: tokens of each segment, in order, as they lie in the packed batch."""
         self.lengths = tuple(lengths)
         self.longest = max(self.lengths)
-        self.cu_seqlens = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device)
+        self.cu_seqlens = to_device(torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32), device)
 
     @cached_property
     def groups(self) -> list[torch.Tensor]:
@@ -34,7 +37,7 @@ class Segments:
             starts.setdefault(length, []).append(start)
         device = self.cu_seqlens.device
         return [
-            torch.tensor(begin, device=device)[:, None] + torch.arange(length, device=device)
+            to_device(torch.tensor(begin), device)[:, None] + torch.arange(length, device=device)
             for length, begin in starts.items()
         ]
 
@@ -78,13 +81,30 @@ def segment_attention(
             return _flash(query, key, value, scaling).transpose(1, 2), None
         output = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
         return output.transpose(1, 2), None
-    layout = next((known for known in segments if known.cu_seqlens is cu_seq_lens_q), None)
-    if layout is None:
-        lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-        layout = Segments(lengths, query.device)
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    return attend_packed(q, k, v, layout_of(cu_seq_lens_q, segments), scaling).unsqueeze(0), None
+
+
+def layout_of(cu_seqlens: torch.Tensor, segments: Sequence[Segments]) -> Segments:
+    """The layout of `segments` that has these very boundaries, or a new one, for which the host waits.
+
+    A new layout stays with its boundaries, so that a tower whose family makes none waits in its first layer alone.
+    """
+    for known in segments:
+        if known.cu_seqlens is cu_seqlens:
+            return known
+    if not hasattr(cu_seqlens, _LAYOUT):
+        setattr(cu_seqlens, _LAYOUT, Segments(cu_seqlens.diff().tolist(), cu_seqlens.device))
+    layout: Segments = getattr(cu_seqlens, _LAYOUT)
+    return layout
+
+
+def attend_packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Segments, scaling: float | None
+) -> torch.Tensor:
+    """Attention within each segment of a packed batch: [tokens, heads, dim] each, and so the result."""
     attend = _varlen if _has_flash(q) else _grouped
-    return attend(q, k, v, layout, scaling).unsqueeze(0), None
+    return attend(q, k, v, layout, scaling)
 
 
 def _has_flash(q: torch.Tensor) -> bool:

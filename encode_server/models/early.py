@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from encode_server.models.registry import check_tp, known, summarize
-from encode_server.models.resolve import resolve
+from encode_server.models.resolve import names_a_path, resolve
 
 
 def refuse_early(model: str, tp: int) -> None:
@@ -13,10 +13,7 @@ def refuse_early(model: str, tp: int) -> None:
 
     Imports neither torch nor a media decoder. `models.inspect` says the rest.
     """
-    local = Path(model).expanduser()
-    if model != "demo" and (
-        local.is_dir() or local.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    ):
+    if model != "demo" and (names_a_path(model) or Path(model).is_dir()):
         checkpoint = resolve(model)
         if known(checkpoint) is not None:
             check_tp(summarize(checkpoint), tp)

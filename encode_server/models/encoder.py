@@ -19,9 +19,10 @@ from encode_server.models.parallel import shard
 from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import check_tp, known, summarize
 from encode_server.models.resolve import open_directory
-from encode_server.models.speedups import Speedup, speed_up
+from encode_server.models.speedups import Speedup, for_device, speed_up
 from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import POOLED
 from encode_server.wire.ranks import EncoderInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,9 +42,19 @@ class Encoder:
         """Encode a batch. `items`: each item's CPU tensors as `Prepared.tensors` has them, only read.
 
         Returns one [tokens, dim] tensor per item on the device, in the encoder's dtype. With several ranks every rank
-        must make the same calls in the same order; each gets the whole result.
+        must make the same calls in the same order; each gets the whole result. An item that is marked as pooled
+        (`wire.pools.POOLED`) gets the model's own vector, [1, width].
         """
-        return self._family.forward(self._model, modality, items, self._device)
+        marked = [index for index, item in enumerate(items) if POOLED in item]
+        if not marked:
+            return self._family.forward(self._model, modality, items, self._device)
+        plain = [index for index, item in enumerate(items) if POOLED not in item]
+        rows: dict[int, torch.Tensor] = {}
+        for indices, encode in ((plain, self._family.forward), (marked, self._family.pooled)):
+            if indices:
+                chosen = [items[index] for index in indices]
+                rows.update(zip(indices, encode(self._model, modality, chosen, self._device), strict=True))
+        return [rows[index] for index in range(len(items))]
 
 
 def load_encoder(
@@ -57,7 +68,7 @@ def load_encoder(
 
     Raises:
         StartupError: unsupported or incomplete checkpoint, an encoder that is itself quantised, or a `world` that does
-            not divide the attention heads.
+            not divide the attention heads of a family with rules of its own.
     """
     if dtype not in DTYPES:
         raise StartupError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -70,11 +81,11 @@ def load_encoder(
         family.facts = facts or discover(family, world)
     model: Any = family.load(DTYPES[dtype])
     target = torch.device(device)
-    speedups = family.speedups
-    if target.type == "cuda" and Speedup.ALIGN in speedups:
+    speedups = for_device(family.speedups, target, DTYPES[dtype])
+    if Speedup.ALIGN in speedups:
         align_mlps(model, world)
     shard(model, rank=rank, world=world, whole=family.whole)
-    speed_up(model, speedups - {Speedup.PACK})
+    speed_up(model, speedups - {Speedup.PACK}, target)
     model = model.to(target)
     info = EncoderInfo(
         model_type=checkpoint.model_type,
@@ -82,7 +93,8 @@ def load_encoder(
         dtype=dtype,
         device=device,
         weight_bytes=sum(weight.nbytes for weight in model.parameters()),
+        pooled=family.pooled_dims(model),
+        class_token=family.class_token,
     )
-    if target.type == "cpu":
-        speed_up(model, speedups & {Speedup.PACK})
+    speed_up(model, speedups & {Speedup.PACK})
     return Encoder(family, model, target, info)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from encode_server.errors import StartupError
+from encode_server.errors import StartupError, first_line
 from encode_server.models.checkpoint import read_json
 from encode_server.models.quantised import check_unquantised
 from encode_server.models.registry import ARCHITECTURES, check_tp, known, stored_dtype, summarize
@@ -39,8 +39,8 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
 
     Raises:
         StartupError: unknown model, missing or unreadable files, an unsupported architecture, an encoder that is
-            itself quantised, or a `tp` that does not divide the attention heads. The message is one line for the
-            operator.
+            itself quantised, or a `tp` that does not divide the attention heads of a family with rules of its own (in
+            other families such heads stay whole). The message is one line for the operator.
     """
     from encode_server.media.samples import probe_media
     from encode_server.models.families import family_of
@@ -64,7 +64,15 @@ def inspect(arguments: tuple[str, str | None, int]) -> Inspection:
         family = Generic(checkpoint)
         check_unquantised(checkpoint)
         check_tensors(family)
-        facts = discover(family, tp)
+        try:
+            facts = discover(family, tp)
+        except StartupError:
+            raise
+        except Exception as error:  # Of any model and processor class that transformers has.
+            raise StartupError(
+                f"model {checkpoint.name!r}: {family.found.cls.__name__} cannot be run: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
         modalities, dtype = sorted(facts.modalities), stored_dtype(checkpoint, ())
     return Inspection(
         path=str(checkpoint.path),

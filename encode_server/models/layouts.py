@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from encode_server.models.attention import Segments
+from encode_server.models.transfer import to_device
 
 Grid = tuple[int, int, int]
 """(t, h, w) of one item, in patches."""
@@ -104,4 +105,4 @@ class VisionLayouts:
 
 def _joined(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    return joined.to(device, non_blocking=True)
+    return to_device(joined, device)

@@ -7,7 +7,6 @@ each. What can be cut is found by `structure.find_blocks`; all else is replicate
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -76,8 +75,7 @@ def cut(model: nn.Module, blocks: Iterable[Block], *, rank: int, world: int, red
 
 def split_range(size: int, rank: int, world: int) -> tuple[int, int]:
     """First and last + 1 of the part of `size` that `rank` keeps; parts differ by at most one."""
-    bounds = [size * part // world for part in range(world + 1)]
-    return list(pairwise(bounds))[rank]
+    return size * rank // world, size * (rank + 1) // world
 
 
 def _rows(tensor: torch.Tensor, sizes: Sequence[int], rank: int, world: int) -> torch.Tensor:

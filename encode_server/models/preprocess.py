@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from encode_server.errors import BadMedia, BadRequest, TooLarge, UnsupportedModality, first_line
 from encode_server.media.limits import MediaLimits
@@ -16,6 +19,7 @@ from encode_server.models.families import family_of
 from encode_server.models.prepared import Prepared
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import POOLED, POOLED_TOKENS, Pool
 
 
 class Preprocessor:
@@ -52,24 +56,50 @@ class Preprocessor:
             BadMedia: the bytes cannot be decoded, or the processor refuses what they hold.
             TooLarge: beyond a limit.
         """
-        if modality not in self.modalities:
-            has = ", ".join(sorted(self.modalities))
-            raise UnsupportedModality(f"this model does not encode {modality}; it encodes {has}")
         options = options or ItemOptions()
-        _check(options)
+        self._check(modality, options)
         if modality is Modality.IMAGE:
-            return self._image(data, options, on_decoded)
+            prepared = self._image(data, options, on_decoded)
+        elif modality is Modality.VIDEO:
+            prepared = self._video(data, options, on_decoded)
+        else:
+            prepared = self._audio(data, on_decoded)
+        return prepared if options.pool is not Pool.MODEL else _pooled(prepared)
+
+    def decoded_bytes(self, modality: Modality, data: bytes, options: ItemOptions) -> int:
+        """The most bytes that decoding the item holds at any moment beside `data` itself, from its header alone.
+
+        An image's figure holds: the decode uses the same header. The headers of videos and of audio in MP4 or Matroska
+        can be wrong; the limits bound what such files take.
+
+        Raises what `prepare` raises for the same header.
+        """
+        self._check(modality, options)
+        if modality is Modality.IMAGE:
+            from encode_server.media.image import image_bytes
+
+            return image_bytes(data, self._limits)
         if modality is Modality.VIDEO:
-            return self._video(data, options, on_decoded)
-        return self._audio(data, on_decoded)
+            from encode_server.media.video import video_bytes
+
+            return video_bytes(data, self._chooser(options)[0], self._limits)
+        from encode_server.media.audio import audio_bytes
+
+        return audio_bytes(data, self._sampling_rate, self._limits)
 
     def split(self, prepared: Prepared, max_cost: int) -> list[Prepared]:
         """Pieces of a large item that can be encoded apart, see `Family.split`."""
-        return self._family.split(prepared, max_cost)
+        return [prepared] if POOLED in prepared.tensors else self._family.split(prepared, max_cost)
 
     def probe(self, modality: Modality) -> bytes:
         """Tiny valid media for a health probe (`samples.probe_media`); every family makes at least one token of it."""
         return probe_media(modality)
+
+    def _check(self, modality: Modality, options: ItemOptions) -> None:
+        if modality not in self.modalities:
+            has = ", ".join(sorted(self.modalities))
+            raise UnsupportedModality(f"this model does not encode {modality}; it encodes {has}")
+        _check(options)
 
     def _image(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
         from encode_server.media.image import decode_image
@@ -90,20 +120,36 @@ class Preprocessor:
         from encode_server.media.audio import decode_audio
 
         extractor = self._processors[Modality.AUDIO]
-        samples = decode_audio(data, int(extractor.sampling_rate), self._limits)
+        samples = decode_audio(data, self._sampling_rate, self._limits)
         on_decoded()
         try:
             return self._family.prepare_audio(extractor, samples)
         except ValueError as error:
             raise BadMedia(f"the audio cannot be preprocessed: {first_line(error)}") from error
 
-    def _video(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
-        from transformers.video_utils import VideoMetadata
+    @property
+    def _sampling_rate(self) -> int:
+        """What audio is resampled to (Hz)."""
+        return int(self._processors[Modality.AUDIO].sampling_rate)
 
+    def _video(self, data: bytes, options: ItemOptions, on_decoded: Callable[[], None]) -> Prepared:
         from encode_server.media.video import decode_video
 
         processor = self._processors[Modality.VIDEO]
         sizing = self._sizing(processor, options)
+        choose, chosen_from = self._chooser(options)
+        frames, _ = decode_video(data, choose, self._limits)
+        on_decoded()
+        try:
+            return self._family.prepare_video(processor, frames, chosen_from(), sizing)
+        except ValueError as error:
+            raise BadMedia(f"the video cannot be preprocessed: {first_line(error)}") from error
+
+    def _chooser(self, options: ItemOptions) -> tuple[Callable[[VideoInfo], Sequence[int]], Callable[[], Any]]:
+        """What chooses a video's frames with these options, and what tells the metadata that were last chosen from."""
+        from transformers.video_utils import VideoMetadata
+
+        processor = self._processors[Modality.VIDEO]
         sampler, own = _with_frame_options(processor, options), self._family.sampling(processor)
         metadata = VideoMetadata(total_num_frames=0)
 
@@ -122,12 +168,7 @@ class Preprocessor:
             self._check_enlarged(processor, options, len(indices))
             return indices
 
-        frames, _ = decode_video(data, choose, self._limits)
-        on_decoded()
-        try:
-            return self._family.prepare_video(processor, frames, metadata, sizing)
-        except ValueError as error:
-            raise BadMedia(f"the video cannot be preprocessed: {first_line(error)}") from error
+        return choose, lambda: metadata
 
     def _sizing(self, processor: Any, options: ItemOptions) -> dict[str, Any]:
         """The processor's `size` argument for this call; a bound that isn't given gives way to one that is."""
@@ -150,6 +191,16 @@ class Preprocessor:
         patches = steps * options.min_pixels // int(processor.patch_size) ** 2
         if patches > self._max_patches:
             raise TooLarge(f"min_pixels {options.min_pixels} makes {patches} patches, at most {self._max_patches}")
+
+
+def _pooled(prepared: Prepared) -> Prepared:
+    """The item marked for the ranks, which give one vector of it."""
+    return replace(
+        prepared,
+        tensors=prepared.tensors | {POOLED: torch.ones(1)},
+        tokens=1,
+        extra=prepared.extra | {POOLED_TOKENS: prepared.tokens},
+    )
 
 
 def _check(options: ItemOptions) -> None:

@@ -70,8 +70,8 @@ def _vl(package: str) -> Architecture:
 
 
 _OMNI_WEIGHTS = r"(thinker\.)?(?P<name>(model\.)?(visual|audio_tower)\.)"
-_SIGLIP_WEIGHTS = r"(vision_model\.)?(embeddings|encoder|post_layernorm)\."
-_CLIP_WEIGHTS = r"(vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm)\."
+_SIGLIP_WEIGHTS = r"(vision_model\.)?(embeddings|encoder|post_layernorm|head)\."
+_CLIP_WEIGHTS = r"(vision_model\.)?(embeddings|pre_layrnorm|encoder|post_layernorm)\.|visual_projection\."
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_vl": _vl("qwen2_vl"),

@@ -33,10 +33,15 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
     path = Path(model).expanduser()
     if path.is_dir():
         return open_directory(path, name=model)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+    if names_a_path(model):
         raise StartupError(f"model {model!r}: no such directory")
     snapshot = _download(model, revision)
     return open_directory(snapshot, name=model, revision=snapshot.name)
+
+
+def names_a_path(model: str) -> bool:
+    """Whether `model` can only be a path, because no hub id looks like it. A relative path may look like a hub id."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
 def open_directory(path: Path, *, name: str | None = None, revision: str = "") -> Checkpoint:
@@ -85,7 +90,7 @@ def _matching(pattern: re.Pattern[str], keys: Iterable[str]) -> dict[str, str]:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
         LocalEntryNotFoundError,
@@ -97,7 +102,9 @@ def _download(model: str, revision: str | None) -> Path:
         path = Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_FILES)))
         checkpoint = Checkpoint(path, unquantised(read_json(path / "config.json", model)), model, chooser())
         shards = indexed_shards(checkpoint) or ["*.safetensors"]
-        return Path(snapshot_download(model, revision=path.name, allow_patterns=shards))
+        # huggingface_hub before 2.0 asks the hub for the files of a commit, offline or not.
+        offline = bool(constants.HF_HUB_OFFLINE)
+        return Path(snapshot_download(model, revision=path.name, allow_patterns=shards, local_files_only=offline))
     except HFValidationError as error:
         raise StartupError(f"model {model!r} is neither a directory nor a valid hub id") from error
     except RevisionNotFoundError as error:

@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from enum import StrEnum
+from functools import partial
 
+import torch
 from torch import nn
 
 from encode_server.models.attention import use_segment_attention
+from encode_server.models.convolutions import replace_audio_convolutions
+from encode_server.models.fused import fuse_gelu, fuse_norms, fuse_rotary
 from encode_server.models.linear import pack_linears, replace_patch_convolutions
 
 
 class Speedup(StrEnum):
-    """SEGMENTS: attention by packed segments. PATCHES: patch convolutions as products. PACK: Linears as the CPU likes
-    them. ALIGN: widths as a GPU likes them."""
+    """SEGMENTS: attention by packed segments. PATCHES: patch convolutions as products. ROTARY: rotary positions in
+    place. NORMS, GELU, AUDIO: norms, activations and audio convolutions as a GPU likes them. PACK: Linears as the CPU
+    likes them. ALIGN: widths as a GPU likes them."""
 
     SEGMENTS = "segments"
     PATCHES = "patches"
+    ROTARY = "rotary"
+    NORMS = "norms"
+    GELU = "gelu"
+    AUDIO = "audio"
     PACK = "pack"
     ALIGN = "align"
 
 
-def speed_up(model: nn.Module, chosen: Collection[Speedup]) -> None:
-    """Apply the `chosen` changes in place, those to the attention first; `ALIGN` comes before sharding and not here."""
-    for speedup, change in (
-        (Speedup.SEGMENTS, use_segment_attention),
-        (Speedup.PATCHES, replace_patch_convolutions),
-        (Speedup.PACK, pack_linears),
-    ):
+OF_A_GPU = frozenset({Speedup.NORMS, Speedup.GELU, Speedup.AUDIO, Speedup.ALIGN})
+"""What makes nothing faster on a CPU."""
+
+
+def for_device(chosen: Collection[Speedup], device: torch.device, dtype: torch.dtype) -> frozenset[Speedup]:
+    """Those of `chosen` that make a model of `dtype` faster on `device`."""
+    if device.type == "cuda":
+        return frozenset(chosen) - {Speedup.PACK}
+    # A CPU converts every operand of a mixed product in a pass of its own.
+    mixed = {Speedup.ROTARY} if dtype is not torch.float32 else set()
+    return frozenset(chosen) - OF_A_GPU - mixed
+
+
+def speed_up(model: nn.Module, chosen: Collection[Speedup], device: torch.device | None = None) -> None:
+    """Apply the `chosen` changes in place, those to the attention first; `ALIGN` comes before sharding and not here.
+
+    `device`: where the model, which is on the CPU, will run; none: on the CPU.
+    """
+    changes: dict[Speedup, Callable[[nn.Module], None]] = {
+        Speedup.SEGMENTS: use_segment_attention,
+        Speedup.PATCHES: replace_patch_convolutions,
+        Speedup.ROTARY: partial(fuse_rotary, device=device or torch.device("cpu")),
+        Speedup.NORMS: fuse_norms,
+        Speedup.GELU: fuse_gelu,
+        Speedup.AUDIO: replace_audio_convolutions,
+        Speedup.PACK: pack_linears,
+    }
+    for speedup, change in changes.items():
         if speedup in chosen:
             change(model)

@@ -35,8 +35,8 @@ class Block:
     """Linears that are cut together: a rank keeps a part of what `into` put out, and of what `out` takes in.
 
     `owner`: name of the module whose attributes `counts` (heads, widths) shrink with its Linears. `parts`: sizes of
-    what each of `into` stacks along its outputs, each cut for itself. `units`: what must be divided: heads, or 0 for a
-    width that may be cut anywhere. `kind`: class of the owner.
+    what each of `into` stacks along its outputs, each cut for itself. `units`: numbers of heads, each of which the
+    number of ranks must divide; empty for an MLP, whose width may be cut anywhere. `kind`: class of the owner.
     """
 
     owner: str

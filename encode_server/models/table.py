@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from encode_server.models.generic.classes import ModelClass, class_of
 from encode_server.models.registry import ARCHITECTURES
-from encode_server.models.tested import REFUSED, TESTED
+from encode_server.models.tested import NOTHING_RECEIVES, REFUSED, SURVEYED, TESTED
 from encode_server.wire.modality import Modality
 
 _HEAD = """# Models
@@ -16,17 +16,24 @@ Every model type of transformers {version}; `python -m encode_server.models.tabl
 
 - **own rules**: a family with a faster forward, compared with transformers in `tests/models`.
 - **tested**: the generic path; a tiny checkpoint of real classes is compared with what the language model receives.
+- **surveyed**: as the next, and a checkpoint that `tests/models/survey.py` makes of the default configuration, shrunk,
+  passes.
 - **when it is loaded**: the generic path; every checkpoint is run once on media of noise before the server takes
   requests. Rows must be what the language model receives in the model's own forward, a batch must give the rows of
   each item alone, shards must add up. What cannot be shown is not offered, and the log says why.
 
 Tensor parallelism cuts attention by head and MLPs by width wherever it recognises them; all else, and heads that the
 number of ranks does not divide, stays whole on every rank. Batches: *padded* to the largest item, laid in one *row*,
-of *equal* shapes only, or *shifted* (positions among the patches of the whole call).
+of *equal* shapes only, *shifted* (positions among the patches of the whole call), or *packed* (one after another
+without padding, attention within each item only); *alone*: one item a call.
 
 | model type | class | encodes | batch | checked |
 | --- | --- | --- | --- | --- |"""
 
+_NOTHING_RECEIVES = (
+    "Their configurations name no token that an image, a video or audio takes the place of (models that compare images "
+    "with text, segment or transcribe), so that no rows of theirs can be checked:"
+)
 _REFUSED = "Their classes give no image, video or audio features, or need a package that is not installed:"
 
 
@@ -55,7 +62,8 @@ def unsupported() -> list[str]:
     """The model types of transformers whose classes give no image, video or audio features, sorted by name."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return [name for name in sorted(CONFIG_MAPPING_NAMES) if _row(name) is None]
+    # One name there is a class's, not a model type's: no config.json has it.
+    return [name for name in sorted(CONFIG_MAPPING_NAMES) if name != "EvollaModel" and _row(name) is None]
 
 
 def as_text(rows: Iterable[Row]) -> str:
@@ -77,20 +85,21 @@ def as_markdown() -> str:
     lines = [_HEAD.format(version=transformers.__version__)]
     for row in supported():
         lines.append(f"| {row.model_type} | {row.cls} | {_names(row)} | {row.batching} | {row.checked} |")
-    lines += [
-        "",
-        "## Refused",
-        "",
-        "Their classes give no image, video or audio features, or need a package that is not installed:",
-        "",
-    ]
-    lines.append(", ".join(f"`{name}`" for name in unsupported()) + ".")
+    lines += ["", "## Refused", "", _NOTHING_RECEIVES, "", _listed(sorted(NOTHING_RECEIVES))]
+    others = [name for name in unsupported() if name not in NOTHING_RECEIVES]
+    lines += ["", _REFUSED, "", _listed(others)]
     return "\n".join(lines) + "\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) + "."
 
 
 def _row(model_type: str) -> Row | None:
     if (architecture := ARCHITECTURES.get(model_type)) is not None:
         return Row(model_type, "", tuple(sorted(architecture.modalities)), "packed", "own rules")
+    if model_type in NOTHING_RECEIVES:
+        return None
     try:
         # A model that also speaks keeps what sees and hears in a part of its own.
         found = class_of(model_type) or class_of(f"{model_type}_thinker")
@@ -103,6 +112,10 @@ def _row(model_type: str) -> Row | None:
         kinds = tuple(sorted(tested))
         batching = ", ".join(dict.fromkeys(tested[kind].value for kind in kinds))
         return Row(model_type, found.__name__, kinds, batching, f"tested{refused}")
+    if (surveyed := SURVEYED.get(model_type)) is not None:
+        kinds = tuple(sorted(surveyed))
+        batching = ", ".join(dict.fromkeys(surveyed[kind].value for kind in kinds))
+        return Row(model_type, found.__name__, kinds, batching, "surveyed")
     named = ModelClass(found, None)
     kinds = tuple(kind for kind in sorted(Modality) if named.has_own(kind))
     return Row(model_type, found.__name__, kinds, "", "when it is loaded")

@@ -53,3 +53,39 @@ REFUSED: Mapping[str, Mapping[Modality, str]] = MappingProxyType(
     {"kimi_k25": {VIDEO: "transformers' own forward splits more rows than it has"}}
 )
 """What a tested family has an encoder for and is not offered, and why."""
+
+SURVEYED: Mapping[str, Mapping[Modality, Batching]] = MappingProxyType(
+    {
+        "audioflamingo3": {AUDIO: PADDED},
+        "cosmos3_edge": {IMAGE: PADDED, VIDEO: PADDED},
+        "exaone4_5": {IMAGE: PADDED, VIDEO: PADDED},
+        "glmasr": {AUDIO: PADDED},
+        "glmga": {IMAGE: PADDED, VIDEO: PADDED},
+        "got_ocr2": {IMAGE: PADDED},
+        "granite_docling": {IMAGE: PADDED},
+        "hyperclovax_vision_v2": {IMAGE: PADDED, VIDEO: PADDED},
+        "idefics2": {IMAGE: PADDED},
+        "inkling2": {IMAGE: PADDED},
+        "lfm3_vl": {IMAGE: PADDED, VIDEO: PADDED},
+        "lighton_ocr": {IMAGE: PADDED},
+        "llava_next_video": {IMAGE: PADDED, VIDEO: EQUAL},
+        "minicpm_ocr": {IMAGE: ROW, VIDEO: ROW},
+        "minicpmv4_7": {IMAGE: Batching.ALONE, VIDEO: Batching.ALONE},
+        "moss_transcribe_diarize": {AUDIO: PADDED},
+        "qianfan_ocr": {IMAGE: PADDED},
+        "video_llama_3": {IMAGE: PADDED, VIDEO: PADDED},
+        "video_llava": {IMAGE: PADDED, VIDEO: EQUAL},
+        "vipllava": {IMAGE: PADDED},
+    }
+)
+"""Families of which `tests/models/survey.py` makes a checkpoint from the default configuration, shrunk, that passes
+what is checked when a checkpoint is loaded."""
+
+NOTHING_RECEIVES = frozenset(
+    (
+        *("aimv2", "altclip", "blip", "chinese_clip", "clap", "clipseg", "flava", "groupvit", "metaclip_2"),
+        *("nemotron3_5_asr", "nemotron_asr_streaming", "owlv2", "owlvit", "parakeet_rnnt", "parakeet_tdt"),
+        *("sam2", "sam2_video", "sam3_tracker", "siglip2", "videoprism"),
+    )
+)
+"""Families whose configurations name no token that media take the place of: nothing says which rows are right."""

@@ -97,6 +97,7 @@ class Ticket:
         """The body has arrived, and so much is kept of it."""
         self._ahead = 0
         self.count(nbytes=nbytes - self.bytes, tokens=0)
+        self._admission.made_room()
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
         """Count what is now known of the request: bytes received or fetched, encoder tokens to forward.
@@ -107,8 +108,6 @@ class Ticket:
         if nbytes > 0:
             self._admission.check_room(self, nbytes, refuse=not self._patient)
         self.count(nbytes=nbytes, tokens=tokens)
-        if nbytes < 0:
-            self._admission.open_door()
 
     def count(self, *, nbytes: int, tokens: int) -> None:
         """Count without asking."""
@@ -153,7 +152,7 @@ class Admission:
         `wait_s` seconds."""
         waiter = _Waiter(client, declared_bytes)
         self._door.append(waiter)
-        self.open_door()
+        self._open_door()
         try:
             async with asyncio.timeout(wait_s):
                 await asyncio.wait((waiter.ticket,))
@@ -168,7 +167,7 @@ class Admission:
         finally:
             if waiter in self._door:
                 self._door.remove(waiter)
-                self.open_door()  # who waits behind may have waited for this one only
+                self._open_door()  # who waits behind may have waited for this one only
         with self._held(waiter.ticket.result()) as ticket:
             yield ticket
 
@@ -231,7 +230,12 @@ class Admission:
                 grower.ticket.count(nbytes=grower.nbytes, tokens=0)
                 grower.granted.set_result(None)
 
-    def open_door(self) -> None:
+    def made_room(self) -> None:
+        """Give room that has become free to the bodies that wait for it, then to the requests at the door."""
+        self._let_grow()
+        self._open_door()
+
+    def _open_door(self) -> None:
         """Admit who waits, as far as there is room."""
         for waiter in list(self._door):
             refusal = self._refusal(waiter.client, waiter.declared_bytes)
@@ -259,8 +263,7 @@ class Admission:
         ticket.count(nbytes=-ticket.bytes, tokens=-ticket.tokens)
         self.count(ticket.client, requests=-1)
         self._rate = self._decayed() + 1 / RATE_WINDOW_S
-        self._let_grow()
-        self.open_door()
+        self.made_room()
 
     def _refusal(self, client: str, declared_bytes: int) -> _Refusal | None:
         """Why this client cannot come in now."""

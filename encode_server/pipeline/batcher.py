@@ -1,6 +1,7 @@
-"""Builds batches by token budget, keeps the ranks supplied, and sends again what was lost with them.
+"""Builds batches by token budget, keeps the groups of ranks supplied, and sends again what was lost with them.
 
-Nothing waits for a timer: when no batch waits in the ranks' sockets, what is queued leaves.
+Nothing waits for a timer: when no batch waits in a group's sockets, what is queued leaves for that group. With several
+groups, the one that has the least work is served first.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from opentelemetry.trace import Span
@@ -18,37 +19,37 @@ from encode_server.engine.group import GroupLost
 from encode_server.errors import DeadlineExceeded, EncodeFailed, NotReady
 from encode_server.pipeline.cost import ForwardCost
 from encode_server.pipeline.fair_queue import FairQueue
+from encode_server.pipeline.group_work import Again, Group, GroupWork, Sent
 from encode_server.pipeline.jobs import Job, Piece
 from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing, end_batch
 from encode_server.wire.modality import Modality
-from encode_server.wire.ranks import Done, EncoderInfo, ItemRef
+from encode_server.wire.ranks import Done, EncoderInfo
 
 log = logging.getLogger(__name__)
 
-WAITING = 1  # batches in the ranks' sockets beside those being executed, so that the device never waits for the front
 LARGE = 4  # a batch above this many times `batch_cost` runs alone, on all cores
-MAX_FAILURES = 2  # how often a batch may be executing when the ranks are lost before the batch is taken apart
+MAX_LOSSES = 2  # how often a batch may be executing when the ranks are lost before the batch is taken apart
+MAX_KILLS = 4  # kills of ranks from outside, as far as can be known, until an item that was alone each time is blamed
 
 
 class Engine(Protocol):
-    """The ranks, as the batcher sees them."""
+    """The groups of ranks, as the batcher sees them."""
 
     @property
-    def ready(self) -> bool:
-        """Whether forwards can be sent."""
+    def groups(self) -> Sequence[Group]:
+        """Every group, whatever its state."""
 
     @property
     def info(self) -> EncoderInfo | None:
-        """What the ranks loaded; None before they have."""
+        """What each group loads; None before one has."""
 
-    async def wait_ready(self) -> EncoderInfo:
-        """Return once forwards can be sent. Raises GroupLost when they never will be again."""
+    @property
+    def over(self) -> str | None:
+        """Why no group ever will be ready again; None while one may."""
 
-    async def forward(
-        self, modality: Modality, items: tuple[ItemRef, ...], expected_s: float | None = None
-    ) -> list[Done]:
-        """Run one batch on every rank. Raises GroupLost."""
+    async def changed(self) -> None:
+        """Return at the next change of a group's state."""
 
 
 class Batcher:
@@ -61,28 +62,23 @@ class Batcher:
         self._budgets = dict(budgets)
         self._costs = {modality: ForwardCost() for modality in budgets}
         self._queue = FairQueue(self._cost)
-        self._retries: deque[list[Piece]] = deque()  # batches to send as they are, each alone
-        self._alone = False  # the batch in flight must be the only one
+        self._again: deque[Again] = deque()
+        self.works = [GroupWork(index, group) for index, group in enumerate(engine.groups)]
         self._wake = asyncio.Event()
-        self._running: dict[asyncio.Task[None], bool] = {}  # whether a batch holds more than a health probe
-        self._expected: dict[asyncio.Task[None], tuple[float, float]] = {}  # when a batch was sent, seconds it takes
         self._failure: BaseException | None = None  # a bug in handling a batch
         self._closed: str | None = None  # why nothing is forwarded any more
 
     @property
     def queued(self) -> int:
         """Pieces that wait for a batch."""
-        return len(self._queue) + sum(map(len, self._retries))
+        claimed = sum(len(work.claimed.batch) for work in self.works if work.claimed is not None)
+        bound = sum(len(job.pieces) for work in self.works for job in work.bound)
+        return len(self._queue) + sum(len(again.batch) for again in self._again) + claimed + bound
 
     @property
     def in_flight(self) -> int:
         """Batches sent to the ranks."""
-        return len(self._running)
-
-    @property
-    def traffic_in_flight(self) -> int:
-        """Batches sent to the ranks that hold more than a health probe."""
-        return sum(self._running.values())
+        return sum(len(work.running) for work in self.works)
 
     @property
     def costs(self) -> Mapping[Modality, ForwardCost]:
@@ -92,22 +88,25 @@ class Batcher:
     @property
     def backlog_s(self) -> float:
         """Seconds until the ranks have executed what is queued and in flight, as far as costs have been learnt."""
-        seconds = sum(expected for _, expected in self._expected.values())
-        if self._expected:
-            sent_at, expected = next(iter(self._expected.values()))
-            seconds -= min(expected, time.monotonic() - sent_at)
+        seconds = sum(work.seconds for work in self.works)
         for modality, work in self._queue.work.items():
             if work.patches:
                 seconds += self._costs[modality].seconds(work.patches, work.pairs) or 0.0
-        for batch in self._retries:
-            seconds += self._seconds(batch)
-        return seconds / self._side_by_side
+        claimed = [work.claimed for work in self.works if work.claimed is not None]
+        for again in (*self._again, *claimed):
+            seconds += self._seconds(again.batch)
+        return seconds / self._concurrent
 
     @property
     def capacity(self) -> float | None:
         """Patches that the ranks execute in a second, of the modality that costs most; None before that is learnt."""
         rates = [rate for cost in self._costs.values() if (rate := cost.patches_per_s) is not None]
-        return min(rates) * self._side_by_side if rates else None
+        return min(rates) * self._concurrent if rates else None
+
+    @property
+    def _concurrent(self) -> int:
+        """Forwards that are executed concurrently, by the groups that are ready."""
+        return max(1, len(self._ready())) * (self._engine.info.at_once if self._engine.info else 1)
 
     def budget(self, modality: Modality) -> int:
         """Encoder tokens of one batch, at present."""
@@ -119,84 +118,133 @@ class Batcher:
         if self._closed is not None:
             job.fail(NotReady(self._closed))
             return
-        self._queue.put(job)
+        if job.group is None:
+            self._queue.put(job)
+        else:
+            self.works[job.group].bound.append(job)
         self._wake.set()
 
     async def run(self) -> None:
-        """Build and send batches until cancelled; what is queued then ends with NotReady."""
+        """Build and send batches until cancelled, or until no group is left; what is queued then ends with NotReady."""
         reason = "the batcher failed"
+        watching = asyncio.create_task(self._watch())
         try:
             while True:
                 self._wake.clear()
-                await self._engine.wait_ready()
-                while self._engine.ready and self._has_room() and (batch := self._next_batch()):
-                    self._send(batch)
+                if self._engine.over is not None:
+                    reason = f"the encoder is not available: {self._engine.over}"
+                    return
+                self._supply()
                 await self._wake.wait()
                 if self._failure is not None:
                     # Ranks may still work on that batch, so its room cannot be given to others: end the server.
                     raise self._failure
-        except GroupLost as lost:
-            reason = f"the encoder is not available: {lost}"
         except asyncio.CancelledError:
             reason = "the server is stopping"
             raise
         finally:
             self._closed = reason
-            for task in self._running:
+            running = [watching, *(task for work in self.works for task in work.running)]
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
-            for piece in (piece for batch in self._retries for piece in batch):
+            await asyncio.gather(*running, return_exceptions=True)
+            for work in self.works:
+                self._withdraw(work, reason)
+            for piece in (piece for again in self._again for piece in again.batch):
                 self._end(piece, NotReady(reason))
-            self._retries.clear()
+            self._again.clear()
             for job in self._queue.drain():
                 job.fail(NotReady(reason))
+
+    async def _watch(self) -> None:
+        """Look at the groups whenever the state of one changes."""
+        while True:
+            self._wake.set()
+            await self._engine.changed()
+
+    def _ready(self) -> list[GroupWork]:
+        """The groups that take part in the work, those with the least work first."""
+        ready = [work for work in self.works if work.group.ready]
+        if len(ready) > 1:
+            ready.sort(key=lambda work: (work.seconds, len(work.running)))
+        return ready
+
+    def _supply(self) -> None:
+        """Send what can be sent."""
+        for work in self.works:
+            if not work.group.loaded:
+                self._withdraw(work, "the group that was to encode it is lost")
+            while work.bound and work.has_room:
+                if self._is_live(job := work.bound.popleft()):
+                    self._send(work, list(job.pieces))
+        if self._again:
+            self._claim()
+        while any(self._supply_one(work) for work in self._ready()):
+            pass
+
+    def _supply_one(self, work: GroupWork) -> bool:
+        """Send the group a batch; whether there was one for it."""
+        if not work.has_room or not (batch := self._next_batch(work)):
+            return False
+        self._send(work, batch)
+        return True
+
+    def _withdraw(self, work: GroupWork, reason: str) -> None:
+        """Take back what waited for a group that is no more."""
+        if work.claimed is not None:
+            self._again.appendleft(work.claimed)
+            work.claimed = None
+        while work.bound:
+            work.bound.popleft().fail(NotReady(reason))
+
+    def _claim(self) -> None:
+        """Choose a group for each batch that is to be sent again. Every group takes one such batch at a time, as soon
+        as the group is idle."""
+        for again in list(self._again):
+            ready = self._ready()
+            may = [work for work in ready if work.index != again.avoid] or ready
+            if free := [work for work in may if work.claimed is None]:
+                free[0].claimed = again
+                self._again.remove(again)
 
     def _end(self, piece: Piece, error: Exception | None = None, forward_s: float = 0.0) -> None:
         """The one door through which a piece that was in a batch leaves: no rank touches it any more."""
         piece.job.ended(piece, error, forward_s)
 
-    def _send(self, batch: list[Piece]) -> None:
+    def _send(self, work: GroupWork, batch: list[Piece]) -> None:
         for piece in batch:
             piece.job.began(piece)
-        task = asyncio.create_task(self._forward(batch))
-        self._running[task] = not all(piece.job.reserved for piece in batch)
-        self._expected[task] = time.monotonic(), self._seconds(batch)
-        task.add_done_callback(self._on_end)
+        self._metrics.group_batches[str(work.index)].inc()
+        task = asyncio.create_task(self._forward(work, batch))
+        traffic = not all(piece.job.reserved for piece in batch)
+        work.running[task] = Sent(traffic, time.monotonic(), self._seconds(batch))
+        task.add_done_callback(lambda task: self._on_end(work, task))
 
-    def _on_end(self, task: asyncio.Task[None]) -> None:
-        self._running.pop(task, None)
+    def _on_end(self, work: GroupWork, task: asyncio.Task[None]) -> None:
+        work.running.pop(task, None)
         if not task.cancelled():
             self._failure = self._failure or task.exception()
-        self._expected.pop(task, None)
         self._wake.set()
 
-    @property
-    def _side_by_side(self) -> int:
-        return self._engine.info.at_once if self._engine.info else 1
-
-    def _has_room(self) -> bool:
-        # What is sent again runs alone, so that whatever brings the ranks down again is known.
-        if self._retries or self._alone:
-            return not self._running
-        return len(self._running) < self._side_by_side + WAITING
-
-    def _next_batch(self) -> list[Piece]:
-        self._alone = False
-        while self._retries:
-            if batch := self._live_pieces(self._retries.popleft()):
-                self._alone = True
+    def _next_batch(self, work: GroupWork) -> list[Piece]:
+        work.alone = False
+        while work.claimed is not None:
+            again, work.claimed = work.claimed, None
+            if batch := self._live_pieces(again.batch):
+                work.alone = True
                 return batch
+            self._claim()
         budgets = {modality: self.budget(modality) for modality in self._budgets}
         batch = self._queue.take(budgets, self._is_live)
         if self._needs_all_cores(batch):
-            if self._running:
-                self._requeue(batch)
+            if work.running:
+                work.claimed = Again(batch)
                 return []
-            self._alone = True
+            work.alone = True
         return batch
 
     def _live_pieces(self, batch: list[Piece]) -> list[Piece]:
-        """What is still wanted of a batch to be sent again; the ranks that may have touched the rest are gone."""
+        """What is still wanted of a batch to be sent again."""
         live = [piece for piece in batch if self._is_live(piece.job)]
         for piece in batch:
             if piece not in live:
@@ -229,17 +277,17 @@ class Batcher:
             return False
         return True
 
-    async def _forward(self, batch: list[Piece]) -> None:
+    async def _forward(self, work: GroupWork, batch: list[Piece]) -> None:
         modality = batch[0].job.modality
         patches, pairs = sum(piece.cost for piece in batch), sum(piece.pairs for piece in batch)
         self._metrics.batch_tokens[modality].observe(patches)
         expected_s = self._costs[modality].seconds(patches, pairs)
         span = self._start_span(batch, patches)
         try:
-            dones = await self._engine.forward(modality, tuple(piece.item for piece in batch), expected_s)
+            dones = await work.group.forward(modality, tuple(piece.item for piece in batch), expected_s)
         except GroupLost as lost:
             end_batch(span, str(lost))
-            self._replay(batch, lost)
+            self._replay(work, batch, lost)
         except asyncio.CancelledError:
             end_batch(span, "cancelled")
             for piece in batch:
@@ -251,7 +299,7 @@ class Batcher:
             raise
         else:
             end_batch(span, next((done.error for done in dones if done.error), ""))
-            self._settle(batch, dones)
+            self._settle(work, batch, dones)
 
     def _start_span(self, batch: list[Piece], patches: int) -> Span | None:
         if self._tracing is None:
@@ -266,7 +314,7 @@ class Batcher:
                 job.batches.append(span.get_span_context())
         return span
 
-    def _settle(self, batch: list[Piece], dones: list[Done]) -> None:
+    def _settle(self, work: GroupWork, batch: list[Piece], dones: list[Done]) -> None:
         modality = batch[0].job.modality
         failed = next((done for done in dones if done.error), None)
         if failed is None:
@@ -277,41 +325,54 @@ class Batcher:
             return
         log.warning("a batch of %d %s failed: %s", len(batch), modality, failed.error)
         if failed.out_of_memory:
-            if self._side_by_side > 1 and not self._alone:
+            if work.side_by_side > 1 and not work.alone:
                 self._requeue(batch)  # a neighbour may have had the memory
                 return
             self._lower_budget(batch)
         if len(batch) > 1:
-            self._halve(batch)
+            self._halve(batch, work.index)
+        elif not batch[0].failures and len(self._ready()) > 1 and batch[0].job.group is None:
+            batch[0].failures += 1
+            self._requeue(batch, work.index)  # the fault may be this group's
         else:
             self._end(batch[0], EncodeFailed("the encoder failed on this item"))
 
-    def _replay(self, batch: list[Piece], lost: GroupLost) -> None:
+    def _replay(self, work: GroupWork, batch: list[Piece], lost: GroupLost) -> None:
+        """Send a lost batch again, in halves when the ranks were lost on it repeatedly, or blame its only piece."""
+        if batch[0].job.group is not None:  # what was to prove the group has done so
+            for piece in batch:
+                self._end(piece, NotReady(f"the group was lost: {lost}"))
+            return
         self._metrics.replayed.inc(len(batch))
         if lost.suspect:
             for piece in batch:
-                piece.failures += 1
+                piece.losses += 1
+                piece.kills += lost.outside and work.alone and len(batch) == 1
         if lost.out_of_memory:
             self._lower_budget(batch)
-        elif not lost.suspect or max(piece.failures for piece in batch) < MAX_FAILURES:
-            self._requeue(batch)
-            return
-        if len(batch) > 1:
-            self._halve(batch)
-        else:
-            # Its slots go back when it is taken from the retries: by then the ranks that may write there are gone.
+        repeatedly = lost.out_of_memory or max(piece.losses for piece in batch) >= MAX_LOSSES
+        if not lost.suspect or not repeatedly:
+            self._requeue(batch, work.index if lost.suspect else None)
+        elif len(batch) > 1:
+            self._halve(batch, work.index)
+        elif self._is_to_blame(work, batch[0], lost):
             why = "the encoder failed on this item" if lost.out_of_memory else "the ranks died on this item, repeatedly"
-            batch[0].job.fail(EncodeFailed(why))
-            self._requeue(batch)
+            self._end(batch[0], EncodeFailed(why))
+        else:
+            self._requeue(batch, work.index)
 
-    def _halve(self, batch: list[Piece]) -> None:
+    def _is_to_blame(self, work: GroupWork, piece: Piece, lost: GroupLost) -> bool:
+        """Whether a piece on which the ranks were lost repeatedly has ended them: only a piece that they executed alone
+        is judged, and a kill from outside is not its doing, unless such kills follow it."""
+        return lost.out_of_memory or (work.alone and (not lost.outside or piece.kills >= MAX_KILLS))
+
+    def _halve(self, batch: list[Piece], avoid: int) -> None:
         middle = len(batch) // 2
-        self._requeue(batch[middle:])
-        self._requeue(batch[:middle])
+        self._requeue(batch[middle:], avoid)
+        self._requeue(batch[:middle], avoid)
 
-    def _requeue(self, batch: list[Piece]) -> None:
-        # Sent when the engine is ready again, so after the lost ranks are gone: see Supervisor.run.
-        self._retries.appendleft(batch)
+    def _requeue(self, batch: list[Piece], avoid: int | None = None) -> None:
+        self._again.appendleft(Again(batch, avoid))
         self._wake.set()
 
     def _lower_budget(self, batch: list[Piece]) -> None:

@@ -1,4 +1,4 @@
-"""The health probe: a real encode of tiny media when the engine is idle, the engine's progress when it is busy."""
+"""The health probe: a real encode of tiny media when a group of ranks is idle, the group's progress when it is busy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from encode_server.engine.groups import RankGroups
 from encode_server.engine.supervisor import Supervisor
 from encode_server.errors import EncodeError
 from encode_server.pipeline.batcher import Batcher
+from encode_server.pipeline.group_work import GroupWork
 from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.prepare.preparers import Preparers
@@ -44,39 +46,100 @@ class _Outcome:
 
 
 class HealthProbe:
-    """Answers within `ANSWER_S`, whatever the engine does. Simultaneous probes share one encode."""
+    """Answers within `ANSWER_S`, whatever the engine does. The server is healthy while at least one group encodes."""
 
     def __init__(
         self,
         pipeline: Pipeline,
-        engine: Supervisor,
+        engine: RankGroups,
         preparers: Preparers,
         batcher: Batcher,
         media: Mapping[Modality, bytes],
         stall_s: float,
     ) -> None:
-        self._pipeline, self._engine, self._preparers = pipeline, engine, preparers
-        self._batcher, self._media, self._stall_s = batcher, media, stall_s
-        self._route = Route(cache=None, metrics=None, express=True)
+        self._engine, self._preparers, self._batcher = engine, preparers, batcher
+        several = len(engine.groups) > 1
+        self._probes = [
+            GroupProbe(
+                pipeline,
+                Route(cache=None, metrics=None, express=True, group=index if several else None),
+                group,
+                preparers,
+                batcher.works[index],
+                media,
+                stall_s,
+            )
+            for index, group in enumerate(engine.groups)
+        ]
+
+    async def check(self) -> Verdict:
+        """Judge every group, and by the groups the server."""
+        if len(self._probes) == 1:
+            verdicts = [await self._probes[0].check()]
+        else:
+            verdicts = await asyncio.gather(*(probe.check() for probe in self._probes))
+        best = next((verdict for verdict in verdicts if verdict.healthy), verdicts[0])
+        document: dict[str, object] = best.document | {
+            "engine": self._engine.state,
+            "restarts": self._engine.restarts,
+            "preparers": dict(enumerate(self._preparers.states)),
+            "preparer_restarts": self._preparers.restarts,
+            "queue": self._batcher.queued,
+            "batches_in_flight": self._batcher.in_flight,
+        }
+        if len(verdicts) > 1:
+            document["ranks"] = {
+                f"{index}.{rank}": state
+                for index, group in enumerate(self._engine.groups)
+                for rank, state in enumerate(group.rank_states)
+            }
+            document["groups"] = {index: verdict.document for index, verdict in enumerate(verdicts)}
+        return Verdict(best.healthy, document)
+
+    async def prove(self, index: int) -> str:
+        """Encode each modality on that group: what is wrong with the results, or nothing."""
+        return await self._probes[index].encode_all()
+
+    async def close(self) -> None:
+        """End the probes that are under way."""
+        for probe in self._probes:
+            await probe.close()
+
+
+class GroupProbe:
+    """Judges one group of ranks. Simultaneous probes share one encode."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        route: Route,
+        group: Supervisor,
+        preparers: Preparers,
+        work: GroupWork,
+        media: Mapping[Modality, bytes],
+        stall_s: float,
+    ) -> None:
+        self._pipeline, self._route, self._group, self._preparers = pipeline, route, group, preparers
+        self._work, self._media, self._stall_s = work, media, stall_s
         self._outcomes: dict[Modality, _Outcome] = {}
         self._last_success: float | None = None
         self._probe: asyncio.Task[str] | None = None
 
     async def check(self) -> Verdict:
         """Judge by progress when a forward is in flight, else encode each modality the model has."""
-        if not self._engine.ready:
-            return self._verdict(self._engine.reason)
+        if not self._group.ready:
+            return self._verdict(self._group.reason)
         if self._probe is None:
-            if self._engine.forward_age_s() is not None:
+            if self._group.forward_age_s() is not None:
                 return self._by_progress()
-            self._probe = asyncio.create_task(self._encode_all())
+            self._probe = asyncio.create_task(self.encode_all())
             self._probe.add_done_callback(self._forget)
         probe = self._probe
         # Shared with other probers, so one that leaves or gives up does not end it.
         await asyncio.wait((probe,), timeout=ANSWER_S)
         if probe.done():
             return self._verdict("the server is stopping" if probe.cancelled() else probe.result())
-        if self._batcher.traffic_in_flight:
+        if self._work.traffic:
             return self._by_progress()
         if (preparing := self._preparers.oldest_s()) is not None:
             return self._verdict("", busy=f"preparing for {preparing:.1f} s")
@@ -93,7 +156,7 @@ class HealthProbe:
     def _forget(self, probe: asyncio.Task[str]) -> None:
         self._probe = None
 
-    async def _encode_all(self) -> str:
+    async def encode_all(self) -> str:
         """Encode every modality; the first reason why one did not work, or nothing."""
         reasons = await asyncio.gather(*(self._encode(modality, media) for modality, media in self._media.items()))
         return next((reason for reason in reasons if reason), "")
@@ -119,7 +182,7 @@ class HealthProbe:
         return f"{modality}: {reason}" if reason else ""
 
     def _by_progress(self) -> Verdict:
-        age, limit = self._engine.forward_age_s() or 0.0, self._engine.limit_s()
+        age, limit = self._group.forward_age_s() or 0.0, self._group.limit_s()
         if age < limit:
             return self._verdict("", busy="encoding")
         return self._verdict(f"a forward has been in flight for {age:.1f} s, expected within {limit:.1f} s")
@@ -128,14 +191,11 @@ class HealthProbe:
         document: dict[str, object] = {
             "status": "unhealthy" if reason else "healthy",
             "reason": reason or busy or "encoded",
-            "engine": self._engine.state,
-            "ranks": dict(enumerate(self._engine.rank_states)),
-            "restarts": self._engine.restarts,
-            "preparers": dict(enumerate(self._preparers.states)),
-            "preparer_restarts": self._preparers.restarts,
-            "queue": self._batcher.queued,
-            "batches_in_flight": self._batcher.in_flight,
-            "oldest_forward_s": self._engine.forward_age_s(),
+            "engine": self._group.state,
+            "ranks": dict(enumerate(self._group.rank_states)),
+            "restarts": self._group.restarts,
+            "batches_in_flight": len(self._work.running),
+            "oldest_forward_s": self._group.forward_age_s(),
             "last_success": self._last_success,
             "modalities": {
                 modality: {

@@ -27,12 +27,16 @@ class Work:
 @dataclass(eq=False)
 class Piece:
     """What goes into a batch: an item, or a part of a large one. `cost` and `pairs`: see `models.prepared.Prepared`.
-    `failures`: how often the ranks were lost while they executed the piece."""
+    `losses`: how often the ranks were lost while they executed the piece; `kills`: how often of these it was alone, and
+    somebody outside of the server seemed to have ended or stopped a rank. `failures`: how often a group answered a
+    forward of the piece alone with an error."""
 
     job: Job
     item: ItemRef
     cost: int
     pairs: int
+    losses: int = 0
+    kills: int = 0
     failures: int = 0
 
 
@@ -45,11 +49,19 @@ class Job:
     """
 
     def __init__(
-        self, arena: Arena, modality: Modality, deadline: float, *, client: str = "", reserved: bool = False
+        self,
+        arena: Arena,
+        modality: Modality,
+        deadline: float,
+        *,
+        client: str = "",
+        reserved: bool = False,
+        group: int | None = None,
     ) -> None:
         """`deadline`: of `time.monotonic()`. `client`: for fairness. `reserved`: a health probe's, which has room of
-        its own in the arena and the next turn in the queue."""
+        its own in the arena and the next turn in the queue. `group`: the only group of ranks that may encode it."""
         self.modality, self.deadline, self.client, self.reserved = modality, deadline, client, reserved
+        self.group = group
         self.finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.pieces: tuple[Piece, ...] = ()
         self.abandoned = False

@@ -11,21 +11,23 @@ from typing import Protocol
 import msgspec
 
 from encode_server.engine.arena import Arena
-from encode_server.errors import BadRequest, EncodeError, TooLarge, UnsupportedModality
+from encode_server.errors import BadRequest, EncodeError, TooLarge, UnsupportedModality, first_of
 from encode_server.media.sources import MediaSource
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.cache import CacheKey, EmbeddingCache
 from encode_server.pipeline.jobs import Job
-from encode_server.pipeline.request import EncodeRequest, MediaItem, Wanted
+from encode_server.pipeline.pooling import pooled
+from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing, recorded_context
-from encode_server.wire.embedding import Encoded, EncodedItem, embedding_bytes
+from encode_server.wire.embedding import Encoded, EncodedItem, Wanted, embedding_bytes
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.metadata import metadata_of
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import POOLED_TOKENS, Pool
 from encode_server.wire.preparers import PreparedItem
 from encode_server.wire.ranks import EncoderInfo
 
@@ -49,8 +51,9 @@ class Preparers(Protocol):
 class ReadyEngine(Protocol):
     """Whoever says what the ranks loaded, and waits until they have."""
 
-    async def until_ready(self) -> EncoderInfo:
-        """Return once forwards can be sent. Raises NotReady when they never will be."""
+    async def until_ready(self, group: int | None = None) -> EncoderInfo:
+        """Return once forwards can be sent. Raises NotReady when they never will be, or when `group`, the only one
+        that is to encode, takes none."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class Route:
     keeps for probes, room of its own in the arena, the next turn in the queue, and no trace in the stages' metrics.
 
     `cache` None: every item is encoded. `metrics` None: nothing is observed. `tracing` None: nothing is traced.
+    `group`: the only group of ranks that is to encode.
     """
 
     cache: EmbeddingCache | None
     metrics: Metrics | None
     tracing: Tracing | None = None
     express: bool = False
+    group: int | None = None
 
 
 class Pipeline:
@@ -97,12 +102,18 @@ class Pipeline:
         if request.modality not in self.modalities:
             has = ", ".join(sorted(self.modalities))
             raise UnsupportedModality(f"this model has no encoder for {request.modality}, it takes: {has}")
-        info = await self._engine.until_ready()
+        info = await self._engine.until_ready(route.group)
+        pool = request.pool
+        if pool is not None and pool not in (there := info.pools(request.modality)):
+            raise BadRequest(
+                f"pool is {pool.value!r}, which this model lacks for {request.modality}; it has: {', '.join(there)}"
+            )
+        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
         if len(request.items) == 1:
             items = [await self._encode_item(request, route, 0, request.items[0])]
         else:
             items = await self._encode_all(request, route)
-        return Encoded(request.modality, self._model, info.dtype, info.dims[request.modality], items)
+        return Encoded(request.modality, self._model, info.dtype, dim, items)
 
     async def _encode_all(self, request: EncodeRequest, route: Route) -> list[EncodedItem]:
         try:
@@ -112,7 +123,7 @@ class Pipeline:
                     for index, item in enumerate(request.items)
                 ]
         except* EncodeError as errors:
-            raise _first(errors) from None
+            raise first_of(errors) from None
         return [task.result() for task in tasks]
 
     async def _encode_item(self, request: EncodeRequest, route: Route, index: int, item: MediaItem) -> EncodedItem:
@@ -148,9 +159,9 @@ class Pipeline:
     ) -> EncodedItem:
         """The item from where a former request has left it, else encoded."""
         if request.recall is not None:
-            info = await self._engine.until_ready()
+            info = await self._engine.until_ready(route.group)
             dim = info.dims[request.modality]
-            wanted = Wanted(item, request.modality, digest, self._model, info.dtype, dim)
+            wanted = Wanted(item.uuid, item.options, request.modality, digest, self._model, info.dtype, dim)
             if (kept := await request.recall(wanted, request.expect)) is not None:
                 return kept
         return await self._compute(request, route, item, media, digest)
@@ -160,9 +171,17 @@ class Pipeline:
     ) -> EncodedItem:
         """Prepare and forward one item."""
         clock = _StageClock(request, route)
-        info = await self._engine.until_ready()
-        dim = info.dims[request.modality]
-        job = Job(self._arena, request.modality, request.deadline, client=request.client, reserved=route.express)
+        info = await self._engine.until_ready(route.group)
+        pool = item.options.pool
+        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
+        job = Job(
+            self._arena,
+            request.modality,
+            request.deadline,
+            client=request.client,
+            reserved=route.express,
+            group=route.group,
+        )
         if route.tracing is not None:
             job.trace = recorded_context()
         weighed = expected = 0
@@ -199,6 +218,11 @@ class Pipeline:
             embedding = await run_sized(self._pools.send, Pace.COPY, job.nbytes, job.copy_embedding)
         finally:
             job.release()
+        tokens, extra = prepared.tokens, prepared.extra
+        if pool in (Pool.MEAN, Pool.CLS):
+            rows = embedding
+            embedding = await run_sized(self._pools.send, Pace.HASH, rows.nbytes, pooled, rows, info.dtype, dim, pool)
+            tokens, extra = 1, {**extra, POOLED_TOKENS: tokens}
         clock.note("queue", job.queue_s)
         clock.note("forward", job.forward_s)
         if route.tracing is not None:
@@ -206,9 +230,9 @@ class Pipeline:
         if route.metrics is not None:
             route.metrics.preprocessed[request.modality].inc()
         grid = list(prepared.grid_thw) if prepared.grid_thw else None
-        metadata = metadata_of(info.model_type, request.modality, grid, prepared.extra)
-        described = ItemInfo(prepared.tokens, grid, digest, metadata=metadata)
-        return EncodedItem(described, prepared.extra, embedding, item.options)
+        # An engine wants an item's rows: one vector has no place in a prompt.
+        metadata = metadata_of(info.model_type, request.modality, grid, prepared.extra) if pool is None else None
+        return EncodedItem(ItemInfo(tokens, grid, digest, metadata=metadata), extra, embedding, item.options)
 
 
 class _StageClock:
@@ -239,11 +263,3 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
 
 def _digest(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-def _first(errors: BaseExceptionGroup[EncodeError]) -> EncodeError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, EncodeError)
-    return error

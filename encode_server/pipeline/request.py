@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from encode_server.errors import TooLarge
 from encode_server.pipeline.admission import Ticket
-from encode_server.wire.embedding import EncodedItem
+from encode_server.wire.embedding import Recall
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One item of a request: a URL, data URI, base64 text, or the media bytes. `uuid`: its name in a store."""
+    """One item of a request: a URL, data URI, base64 text (a long one in pieces), or the media bytes. `uuid`: its name
+    in a store."""
 
-    source: str | bytes
+    source: str | tuple[str, ...] | bytes
     options: ItemOptions = field(default_factory=ItemOptions)
     content_hash: str | None = None
     uuid: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What the source takes of memory, about."""
+        return sum(map(len, self.source)) if isinstance(self.source, tuple) else len(self.source)
 
     def with_fps(self, fps: float) -> MediaItem:
         """The same, with so many frames per second where its options do not choose frames."""
@@ -30,20 +36,9 @@ class MediaItem:
             return self
         return replace(self, options=msgspec.structs.replace(self.options, fps=fps))
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """An item's embedding, as far as anything is known before the item is encoded. `digest`: of the media's bytes."""
-
-    item: MediaItem
-    modality: Modality
-    digest: str
-    model: str
-    dtype: str
-    dim: int
-
-
-Recall = Callable[[Wanted, Callable[[int], None]], Awaitable[EncodedItem | None]]
+    def with_pool(self, pool: Pool) -> MediaItem:
+        """The same, one vector in place of its rows."""
+        return replace(self, options=msgspec.structs.replace(self.options, pool=pool))
 
 
 @dataclass
@@ -76,6 +71,11 @@ class EncodeRequest:
     def client(self) -> str:
         """Who asked, for fairness."""
         return self.ticket.client if self.ticket else ""
+
+    @property
+    def pool(self) -> Pool | None:
+        """How its items are pooled, all alike."""
+        return self.items[0].options.pool if self.items else None
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
         """Count what is now known of the request, see `Ticket.weigh`."""

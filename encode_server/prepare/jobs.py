@@ -70,8 +70,9 @@ class PreparingJob:
 
 @dataclass(eq=False)
 class PreparerProcess:
-    """A process and the items that it works on or holds. `stalled`: killed by this room, for a copy that did not end,
-    so no item is to blame. `hung`: killed by this room, for standing still."""
+    """A process and the items that it works on or holds. `overtime`: the front killed the process because the decode of
+    an item took too long. `stalled`: the front killed the process because a copy into the arena did not end; no item is
+    to blame for that. `hung`: the front killed the process because the process stood still."""
 
     index: int
     peer: Peer
@@ -81,7 +82,7 @@ class PreparerProcess:
     failure: str = ""
     stalled: bool = False
     hung: bool = False
-    overtime: bool = False  # killed because an item took too long
+    overtime: bool = False
     began: float = field(default_factory=time.monotonic)
     active_s: float = 0.0
     active_at: float = 0.0

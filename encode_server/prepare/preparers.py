@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from encode_server.errors import BadMedia, EncodeError, NotReady, StartupError, TooLarge, by_code
+from encode_server.errors import BadMedia, EncodeError, NotReady, StartupError, TooLarge, by_code, first_of
 from encode_server.prepare.jobs import AskedPickle, PreparerProcess, PreparingJob, ProcessLost, Stage
 from encode_server.prepare.queue import PreparingQueue
 from encode_server.runtime.cores import usable_cores
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 ENTRY = "encode_server.prepare.worker:main"
 LONG_MEDIA = 8 << 20  # bytes from which an item counts as a long job
 MAX_HELD = 512 << 20  # bytes of tensors that wait in the preparers for room in the arena, before no item is begun
-OVERTIME = 1.5  # times `decode_s`: the decoders check the time themselves where they can; beyond this nothing checked
+OVERTIME = 1.5  # times `decode_s`, until the process is killed: most decoders end themselves after `decode_s`
 PLACE_S = 30.0  # longest time for copying tensors into the arena
 IDLE_S = 3.0  # a process that works on an item and has neither run nor waited for a core for so long is stopped
 START_IDLE_S = 10.0  # the same for a process that starts, and may wait for a slow disk
@@ -126,7 +126,7 @@ class Preparers:
                     group.create_task(self._keep_alive(index))
                 group.create_task(self._watch())
         except* StartupError as errors:
-            raise StartupError(str(errors.exceptions[0])) from None
+            raise StartupError(str(first_of(errors))) from None
         finally:
             self._closed = "the server is stopping"
             await self._close(NotReady(self._closed))
@@ -443,14 +443,19 @@ class Preparers:
                 self._judge(process, now)
 
     def _judge(self, process: PreparerProcess, now: float) -> None:
+        if process.overtime or process.stalled:
+            return  # killed already, and soon gone
         limits = {Stage.PREPARING: OVERTIME * self._spec.decode_s, Stage.PLACING: PLACE_S}
         for job in process.jobs.values():
-            if now - job.began > limits.get(job.stage, math.inf) and not job.overtime:
-                job.overtime = process.overtime = job.stage is Stage.PREPARING
-                process.stalled = not job.overtime
-                age = now - job.began
-                job.log(logging.ERROR, "preparer %d has been %s one item for %.0f s", process.index, job.stage, age)
-                process.peer.kill()
+            age = now - job.began
+            if age <= limits.get(job.stage, math.inf):
+                continue
+            if job.stage is Stage.PREPARING:
+                job.overtime = process.overtime = True
+            else:
+                process.stalled = True
+            job.log(logging.ERROR, "preparer %d has been %s one item for %.0f s", process.index, job.stage, age)
+            process.peer.kill()
         if process.still_s(now) > (IDLE_S if process.ready else START_IDLE_S):
             process.hung = True
             log.error("preparer %d stands still", process.index)

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import zmq
 
-from encode_server.errors import EncodeError, StartupError, first_line
+from encode_server.errors import EncodeError, StartupError, TooLarge, first_line
 from encode_server.media.limits import MediaLimits
-from encode_server.media.sizes import decoded_bytes
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
 from encode_server.models.resolve import open_directory
@@ -59,12 +58,11 @@ class Worker:
     def __init__(
         self,
         preprocessor: Preprocessor,
-        limits: MediaLimits,
         arena: ArenaWriter,
         channel: Channel,
         setup: m.PreparerSetup,
     ) -> None:
-        self._preprocessor, self._limits, self._arena, self._channel = preprocessor, limits, arena, channel
+        self._preprocessor, self._arena, self._channel = preprocessor, arena, channel
         self._memory = DecodeMemory(setup.memory_bytes)
         self._pool = ThreadPoolExecutor(setup.threads, "prepare")
         self._express = ThreadPoolExecutor(1, "express")
@@ -112,8 +110,9 @@ class Worker:
             code, message = error.code, error.message
             out_of_memory = _is_memory(error.__cause__)
         except Exception as error:
-            out_of_memory = _is_memory(error)
             code, message = "internal", f"{type(error).__name__}: {first_line(error)}"
+            if out_of_memory := _is_memory(error):
+                code, message = TooLarge.code, "preprocessing it needs more memory than there is"
         else:
             ended = time.thread_time()
             if self._keep(command.job, tensors):
@@ -132,7 +131,7 @@ class Worker:
         """Hold the memory of the decode. Probes are tiny, and wait for nobody."""
         if command.express:
             return contextlib.nullcontext()
-        nbytes = decoded_bytes(command.modality, media, self._limits)
+        nbytes = self._preprocessor.decoded_bytes(command.modality, media, command.options)
         waiting, began = m.encode(m.Waiting(command.job)), m.encode(m.Began(command.job))
         return self._memory.hold(nbytes, lambda: self._channel.post(waiting), lambda: self._channel.post(began))
 
@@ -189,6 +188,7 @@ def main(argument: bytes, fds: Sequence[int]) -> int:
     limits = msgspec.msgpack.decode(setup.limits, type=MediaLimits)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel = Channel(context, setup.socket)
+    what = "the checkpoint's processors cannot be loaded"
     try:
         torch.set_num_threads(1)  # parallel over items, and the cores are the ranks'
         checkpoint = open_directory(Path(setup.path), name=setup.name)
@@ -196,13 +196,14 @@ def main(argument: bytes, fds: Sequence[int]) -> int:
         arena = ArenaWriter(fds[0], setup.arena_bytes)
         gc.freeze()
         confine(setup.memory_bytes)
+        what = "a preparer failed"
         channel.send(m.encode(m.Ready()))
-        Worker(preprocessor, limits, arena, channel, setup).serve()
+        Worker(preprocessor, arena, channel, setup).serve()
     except StartupError as error:
         channel.send(m.encode(m.Failed(str(error))))
         return 3
     except Exception as error:
-        channel.send(m.encode(m.Failed(f"the checkpoint's processors cannot be loaded: {first_line(error)}")))
+        channel.send(m.encode(m.Failed(f"{what}: {type(error).__name__}: {first_line(error)}")))
         return 4
     finally:
         channel.close()

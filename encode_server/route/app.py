@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote
 
@@ -20,16 +21,18 @@ from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.errors import BadRequest, EncodeError, NoRoute
 from encode_server.pipeline.admission import Admission, AdmissionLimits
-from encode_server.route.chat import CHAT, MESSAGES, RESPONSES, media_items, media_parts
+from encode_server.route.chat import CHAT, LIMITS, MESSAGES, RESPONSES, media_items, media_parts
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.fleet import Fleet
 from encode_server.route.options import RouteOptions
 from encode_server.route.sglang import SGLangFace
 from encode_server.route.telemetry import Observed, RouteMetrics
 from encode_server.route.vllm import ForEngine, VLLMFace
-from encode_server.route.work import concurrently, maybe_threaded
-from encode_server.runtime.bodies import declared_length, from_json, read_all
+from encode_server.route.work import Document, concurrently
+from encode_server.runtime.bodies import declared_length, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.runtime.outline import Outline, outline
+from encode_server.runtime.pools import Pace, run_sized
 from encode_server.service.keys import ApiKeys
 from encode_server.telemetry.request_ids import RequestIds
 
@@ -47,6 +50,7 @@ class Router:
         self._options = options
         self.port = options.port
         self.metrics = RouteMetrics()
+        self._pool = ThreadPoolExecutor(4, "work")
         self._engine = Engine(options.engine_url) if options.engine_url else None
         limits = AdmissionLimits(options.max_requests, options.max_inflight_mb << 20, 1, options.client_share)
         self._admission = Admission(limits)
@@ -67,6 +71,7 @@ class Router:
                 policy,
                 self.metrics,
                 timeout_s=options.encode_timeout_s,
+                pool=self._pool,
                 max_body_bytes=options.max_body_mb << 20,
                 max_waiting_bytes=options.max_waiting_mb << 20,
                 least_rate=options.least_rate_kb << 10,
@@ -87,6 +92,7 @@ class Router:
     async def running(self) -> AsyncIterator[None]:
         """Probe and look for encoders meanwhile; close the connections after it."""
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._pool.shutdown, wait=False, cancel_futures=True)
             if self._engine is not None:
                 stack.push_async_callback(self._engine.aclose)
             if self.sglang is not None:
@@ -167,13 +173,11 @@ class Router:
                     return refusal
                 options = self._options
                 raw = await read_all(request, options.max_body_mb << 20, options.least_rate_kb << 10, ticket.grow)
-                content = bytes(raw)
-                del raw
                 async with until_caller_goes(request):
-                    ready = ForEngine(content)
+                    ready = ForEngine([raw])
                     if encode:
-                        ready = await self._encoded(request, content)
-                    del content
+                        ready = await self._encoded(request.scope["path"], request.headers, raw)
+                    del raw  # the pieces of `ready` are given away as the engine takes them
                     if self.vllm is not None:
                         return await self.vllm.forward(request.method, target, request.headers, ready)
                     answer = await self._engine.send(request.method, target, request.headers, ready.content)
@@ -190,17 +194,17 @@ class Router:
             late = isinstance(error, TimeoutError)
             return error_response(504 if late else 502, "media could not be encoded: no encoder answered")
 
-    async def _encoded(self, request: Request, content: bytes) -> ForEngine:
+    async def _encoded(self, path: str, headers: Mapping[str, str], raw: bytearray) -> ForEngine:
         """The request, once its media are encoded."""
-        path = request.scope["path"]
-        body: Any = await maybe_threaded(len(content), from_json, content, object)
-        parts = media_parts(body, path)
+        found: Outline[Any] = await run_sized(self._pool, Pace.JSON, len(raw), outline, raw, object, LIMITS)
+        parts = media_parts(found, path)
         if not parts:
-            return ForEngine(content)
+            return ForEngine([raw])
         if self.vllm is None:
-            await concurrently(media_items(parts), self._encoders.warm)
-            return ForEngine(content)
-        return await self.vllm.encoded(path, request.headers, body, parts, content)
+            items = await run_sized(self._pool, Pace.HASH, len(raw), media_items, parts)
+            await concurrently(items, self._encoders.warm)
+            return ForEngine([raw])
+        return await self.vllm.encoded(path, headers, Document(raw, found, self._pool), parts)
 
 
 def create_route_app(options: RouteOptions) -> FastAPI:

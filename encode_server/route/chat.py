@@ -6,12 +6,16 @@ Three kinds of request hold media: OpenAI's chat completions and responses, and 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from encode_server.client import Item, Modality
+from encode_server.client.media import Piece, Written
 from encode_server.errors import BadRequest
+from encode_server.runtime.outline import Outline, OutlineLimits
 from encode_server.wire.metadata import Metadata
 
 CHAT = "/v1/chat/completions"
@@ -27,6 +31,12 @@ RENAMING = ("mm_processor_kwargs", "media_io_kwargs")
 MAX_UUID = 512
 MAX_DEPTH = 8  # lists of content in lists of content
 
+LIMITS = OutlineLimits(4 << 20, 1 << 16)
+"""Of a chat, beside its media and other long texts: what is decoded in one step, in 10 to 20 ms."""
+
+WrittenAs = Callable[[str], memoryview | None]
+"""`Outline.written` of a request."""
+
 
 @dataclass(frozen=True)
 class MediaPart:
@@ -34,23 +44,31 @@ class MediaPart:
 
     part: dict[str, Any]
     modality: Modality
-    source: str
+    source: str | Written
+
+    @property
+    def content(self) -> Sequence[Piece]:
+        """What the source says, for names. Escapes of a long one are left: base64 needs none."""
+        if isinstance(self.source, Written):
+            return self.source.inside
+        return [self.source.encode(errors="surrogatepass")]
 
 
-def media_parts(body: Any, path: str = CHAT) -> list[MediaPart]:
+def media_parts(found: Outline[Any], path: str = CHAT) -> list[MediaPart]:
     """The media of a request to `path`, in order. Raises BadRequest for parts that are not what its schema says.
 
     Parts that only name media the engine has seen before (`uuid` without content) are left out.
     """
+    body = found.body
     if path == RESPONSES:
         if not isinstance(body, dict):
             raise BadRequest("the body is not an object")
-        return [found for part in _nested(body.get("input")) if (found := _of_responses(part)) is not None]
+        return _media_of(_nested(body.get("input")), _of_responses, found)
     if not isinstance(body, dict) or not isinstance(messages := body.get("messages"), list):
         raise BadRequest("the body is not a chat request: expected an object with a list `messages`")
     if path == MESSAGES:
-        return [found for part in _nested(messages) if (found := _of_messages(part)) is not None]
-    return [found for message in messages for part in _parts(message) if (found := _media(part)) is not None]
+        return _media_of(_nested(messages), _of_messages, found)
+    return _media_of((part for message in messages for part in _parts(message)), _of_chat, found)
 
 
 def renames(body: dict[str, Any]) -> bool:
@@ -69,7 +87,8 @@ def name_parts(parts: list[MediaPart], video_fps: float, prefix: str = "") -> di
     for found in parts:
         fps = video_fps if found.modality is Modality.VIDEO else None
         digest = hashlib.sha256(repr((str(found.modality), fps, found.part.get("uuid"))).encode())
-        digest.update(found.source.encode(errors="surrogatepass"))
+        for piece in found.content:
+            digest.update(piece)
         name = found.part["uuid"] = prefix + digest.hexdigest()
         items.setdefault(found.modality, {})[name] = Item(found.source, fps=fps, uuid=name)
     return {modality: list(named.values()) for modality, named in items.items()}
@@ -77,7 +96,7 @@ def name_parts(parts: list[MediaPart], video_fps: float, prefix: str = "") -> di
 
 def media_items(parts: list[MediaPart]) -> dict[Modality, list[Item]]:
     """What has to be encoded, the same media once, exactly as an engine will ask for it."""
-    items: dict[Modality, dict[Item, None]] = {}
+    items: dict[Modality, dict[tuple[object, ...], Item]] = {}
     for found in parts:
         media = next((found.part[kind] for kind in URL_PARTS if isinstance(found.part.get(kind), dict)), found.part)
         detail, side = media.get("detail"), media.get("max_long_side_pixel")
@@ -86,8 +105,12 @@ def media_items(parts: list[MediaPart]) -> dict[Modality, list[Item]]:
             detail=detail if isinstance(detail, str) else None,
             max_long_side_pixel=side if isinstance(side, int) and side > 0 else None,
         )
-        items.setdefault(found.modality, {})[item] = None
-    return {modality: list(different) for modality, different in items.items()}
+        digest = hashlib.sha256()
+        for piece in found.content:
+            digest.update(piece)
+        same = (digest.digest(), item.detail, item.max_long_side_pixel)
+        items.setdefault(found.modality, {})[same] = item
+    return {modality: list(different.values()) for modality, different in items.items()}
 
 
 def put_metadata(
@@ -110,6 +133,14 @@ def put_metadata(
     return frozenset(found.modality for found in replaced)
 
 
+def _media_of(
+    parts: Iterable[dict[str, Any]],
+    read: Callable[[dict[str, Any], WrittenAs], MediaPart | None],
+    found: Outline[Any],
+) -> list[MediaPart]:
+    return [media for part in parts if (media := read(part, found.written)) is not None]
+
+
 def _parts(message: Any) -> Iterator[dict[str, Any]]:
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, list):
@@ -126,7 +157,7 @@ def _nested(content: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
                 yield from _nested(part.get("output"), depth + 1)
 
 
-def _media(part: dict[str, Any]) -> MediaPart | None:
+def _of_chat(part: dict[str, Any], written: WrittenAs) -> MediaPart | None:
     kind, name = part.get("type"), part.get("uuid")
     if name is not None and (not isinstance(name, str) or len(name) > MAX_UUID):
         raise BadRequest(f"uuid is not a string of at most {MAX_UUID} characters")
@@ -136,7 +167,7 @@ def _media(part: dict[str, Any]) -> MediaPart | None:
             return None
         if not isinstance(audio, dict) or not isinstance(audio.get("data"), str):
             raise BadRequest("input_audio is not an object with base64 `data`")
-        return MediaPart(part, Modality.AUDIO, audio["data"])
+        return MediaPart(part, Modality.AUDIO, _source(audio["data"], written))
     if not isinstance(kind, str):
         return None
     if kind not in URL_PARTS or part.get(kind) is None:
@@ -144,20 +175,20 @@ def _media(part: dict[str, Any]) -> MediaPart | None:
     url = part[kind].get("url") if isinstance(part[kind], dict) else part[kind]
     if not isinstance(url, str):
         raise BadRequest(f"{kind} is not an object with a `url`")
-    return MediaPart(part, URL_PARTS[kind], url)
+    return MediaPart(part, URL_PARTS[kind], _source(url, written))
 
 
-def _of_responses(part: dict[str, Any]) -> MediaPart | None:
+def _of_responses(part: dict[str, Any], written: WrittenAs) -> MediaPart | None:
     kind, url = part.get("type"), part.get("image_url")
     if kind not in ("input_image", "image_url") or url is None:
         return None
     url = url.get("url") if isinstance(url, dict) else url
     if not isinstance(url, str):
         raise BadRequest(f"image_url of an {kind} is not a URL")
-    return MediaPart(part, Modality.IMAGE, url)
+    return MediaPart(part, Modality.IMAGE, _source(url, written))
 
 
-def _of_messages(part: dict[str, Any]) -> MediaPart | None:
+def _of_messages(part: dict[str, Any], written: WrittenAs) -> MediaPart | None:
     source = part.get("source")
     if part.get("type") != "image" or source is None:
         return None
@@ -167,6 +198,15 @@ def _of_messages(part: dict[str, Any]) -> MediaPart | None:
     given = source.get("data" if inline else "url")
     if not isinstance(given, str):
         raise BadRequest("source of an image holds neither a `url` nor base64 `data`")
+    if not inline:
+        return MediaPart(part, Modality.IMAGE, _source(given, written))
+    media_type = source.get("media_type", "image/png")
+    if isinstance(media_type, str) and written(media_type) is not None:
+        raise BadRequest("media_type of an image is too long")
     # As SGLang writes it: the same media must go to the same encoder.
-    uri = f"data:{source.get('media_type', 'image/png')};base64,{given}" if inline else given
-    return MediaPart(part, Modality.IMAGE, uri)
+    return MediaPart(part, Modality.IMAGE, _source(given, written, f"data:{media_type};base64,"))
+
+
+def _source(text: str, written: WrittenAs, prefix: str = "") -> str | Written:
+    json = written(text)
+    return prefix + text if json is None else Written(json, msgspec.json.encode(prefix)[1:-1])

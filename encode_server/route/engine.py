@@ -12,6 +12,8 @@ import httpx
 import msgspec
 from starlette.responses import Response, StreamingResponse
 
+from encode_server.client.http import SEND_BYTES
+from encode_server.client.media import Piece
 from encode_server.errors import DeliveryFailed
 from encode_server.telemetry.ids import current_ids
 from encode_server.telemetry.request_ids import HEADER
@@ -82,16 +84,19 @@ class Engine:
             self._admitted[known] = now + ADMITTED_S
         return None
 
-    async def send(self, method: str, target: bytes, headers: Mapping[str, str], content: bytes) -> httpx.Response:
-        """Send a request on, `target` as it came; returns when the engine has begun to answer, its body no longer kept.
-        Raises DeliveryFailed when the engine does not answer. The caller closes the answer, or passes it on."""
+    async def send(
+        self, method: str, target: bytes, headers: Mapping[str, str], content: list[Piece]
+    ) -> httpx.Response:
+        """Send a request on, `target` as it came. The pieces of its body are taken from `content`, which keeps none.
+        Returns when the engine has begun to answer; the caller closes the answer, or passes it on. Raises
+        DeliveryFailed when the engine does not answer."""
         kept = {name: value for name, value in headers.items() if name.lower() not in NOT_FORWARDED}
         if (ids := current_ids()) is not None:
             kept[HEADER.lower()] = ids.request_id
-        if content or method not in ("GET", "DELETE"):
-            kept["content-length"] = str(len(content))
-        request = self._http.build_request(method, "/", headers=kept, content=_once([content]) if content else None)
-        del content
+        size = sum(map(len, content))
+        if size or method not in ("GET", "DELETE"):
+            kept["content-length"] = str(size)
+        request = self._http.build_request(method, "/", headers=kept, content=_given_away(content) if size else None)
         request.extensions["target"] = self._prefix + target
         try:
             return await self._http.send(request, stream=True)
@@ -106,9 +111,9 @@ class Engine:
                 response.headers.append(name, value)
         return response
 
-    async def ask(self, target: bytes, headers: Mapping[str, str], content: bytes) -> tuple[int, bytes]:
-        """A question of the proxy's own, with the credentials of a caller: status and body of the answer. Raises
-        DeliveryFailed."""
+    async def ask(self, target: bytes, headers: Mapping[str, str], content: list[Piece]) -> tuple[int, bytes]:
+        """A question of the proxy's own, with the credentials of a caller: status and body of the answer. `content` as
+        in `send`. Raises DeliveryFailed."""
         answer = await self.send("POST", target, headers, content)
         try:
             return answer.status_code, await answer.aread()
@@ -124,9 +129,12 @@ class Engine:
         return False
 
 
-async def _once(content: list[bytes]) -> AsyncIterator[bytes]:
+async def _given_away(content: list[Piece]) -> AsyncIterator[bytes]:
     """The body, given away: the request lives as long as its answer, and would keep the body as long."""
-    yield content.pop()
+    while content:
+        piece = content.pop(0)
+        for start in range(0, len(piece), SEND_BYTES):  # in one go, a large one would be copied on the loop
+            yield bytes(piece[start : start + SEND_BYTES])
 
 
 async def _chunks(answer: httpx.Response) -> AsyncIterator[bytes]:

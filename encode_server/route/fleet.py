@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult
 
 from encode_server.client.encoders import Encoders
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.errors import BadRequest
+from encode_server.runtime.urls import port_of, split_server_url
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Fleet:
         url = url.rstrip("/")
         if url not in self._registered:
             parts = split_url(url)
-            await self._policy.endpoint(parts.hostname or "", parts.port or _default_port(parts), "the encoder's host")
+            await self._policy.endpoint(parts.hostname or "", port_of(parts), "the encoder's host")
             if len(self._registered) >= MAX_REGISTERED:
                 raise BadRequest(f"{MAX_REGISTERED} encoders are registered, no more are taken")
             log.info("%s registered", url)
@@ -76,7 +78,7 @@ class Fleet:
 
     async def _resolve(self, url: str) -> None:
         parts = split_url(url)
-        port = parts.port or _default_port(parts)
+        port = port_of(parts)
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
@@ -110,15 +112,8 @@ class Fleet:
 
 def split_url(url: str) -> SplitResult:
     """The parts of an encoder's URL. Raises BadRequest for what is not http://HOST:PORT."""
-    try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and not parts.path and (parts.port or 1)
-    except ValueError:
-        sound = False
-    if not sound:
-        raise BadRequest(f"{url[:300]!r} is not an encoder's URL, expected http://HOST:PORT")
-    return parts
-
-
-def _default_port(parts: SplitResult) -> int:
-    return 443 if parts.scheme == "https" else 80
+    with contextlib.suppress(ValueError):
+        parts = split_server_url(url)
+        if not (parts.path or parts.query or parts.fragment or "@" in parts.netloc):
+            return parts
+    raise BadRequest(f"{url[:300]!r} is not an encoder's URL, expected http://HOST:PORT")

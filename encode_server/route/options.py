@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from encode_server.client.encoders import Choice
+from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S
 from encode_server.errors import BadRequest, StartupError
 from encode_server.route.fleet import split_url
 from encode_server.wire.modality import Modality
 
 ENV_PREFIX = "ENCODE_ROUTE_"
-SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up
 TIMEOUT_S = 60.0
 
 Protocol = Literal["vllm", "sglang"]

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Annotated, Any
 
 import msgspec
@@ -20,20 +21,23 @@ from encode_server.api.answers import error_answer
 from encode_server.client.affinity import item_key
 from encode_server.client.encoders import Encoders
 from encode_server.client.http import Answer
+from encode_server.client.media import Item, Written
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.endpoints import ReceiveUrl
 from encode_server.delivery.sglang.registrations import Accepts, Offer, Registrations
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.errors import DeadlineExceeded, EncodeError
+from encode_server.route.chat import LIMITS
 from encode_server.route.fleet import Fleet
 from encode_server.route.parts import Journey, PartRelay, PartRequest
 from encode_server.route.telemetry import RouteMetrics, note
-from encode_server.runtime.bodies import from_json, read_all, read_small
+from encode_server.runtime.bodies import read_all, read_small
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.runtime.outline import outline
+from encode_server.runtime.pools import Pace, run_sized
 
 ATTEMPTS = 6
-IN_PLACE_BYTES = 64 << 10  # decoded on the loop: less work than a change of threads
 JSON = "application/json"
 
 
@@ -63,6 +67,7 @@ class SGLangFace:
         policy: DestinationPolicy,
         metrics: RouteMetrics,
         *,
+        pool: Executor,
         timeout_s: float,
         max_body_bytes: int,
         max_waiting_bytes: int,
@@ -70,7 +75,7 @@ class SGLangFace:
     ) -> None:
         """`policy`: hosts beside a prefill's own where its ranks may receive. `max_waiting_bytes`: of the bodies in
         progress; a caller beyond that waits, its body unread. `least_rate`: bytes a second of a body at least."""
-        self._fleet, self._policy = fleet, policy
+        self._fleet, self._policy, self._pool = fleet, policy, pool
         self._timeout_s, self._max_body_bytes, self._least_rate = timeout_s, max_body_bytes, least_rate
         self._registrations = Registrations()
         self._active = ActiveParts()
@@ -102,15 +107,13 @@ class SGLangFace:
                     await held.enter_async_context(room)
             except TimeoutError:
                 raise DeadlineExceeded(f"no room for the request's body within {self._timeout_s:g} s") from None
-            raw = bytes(await read_all(request, self._max_body_bytes, self._least_rate))
-            if len(raw) < IN_PLACE_BYTES:
-                body = from_json(raw, PartBody)
-            else:
-                body = await asyncio.to_thread(from_json, raw, PartBody)
+            raw = await read_all(request, self._max_body_bytes, self._least_rate)
+            found = await run_sized(self._pool, Pace.JSON, len(raw), outline, raw, PartBody, LIMITS)
+            body = found.body
             part = PartRequest(
                 req_id=body.req_id,
                 body=raw,
-                key=part_key(body.mm_items),
+                key=part_key(body.mm_items, found.written),
                 items=len(body.mm_items),
                 registers=body.embedding_port is None,
                 deadline=deadline,
@@ -177,12 +180,15 @@ class SGLangFace:
         self._registrations.close()
 
 
-def part_key(items: list[Any]) -> bytes:
+def part_key(items: list[Any], written: Callable[[str], memoryview | None]) -> bytes:
     """Which encoder a part belongs to: the owner of its first item. A conversation's later turns begin with the same
     image, and the key is that of the same image in a chat request."""
     first = items[0]
     source = first.get("url") if isinstance(first, dict) else first
-    return item_key(source if isinstance(source, str) else msgspec.json.encode(first))
+    if not isinstance(source, str):
+        return item_key(msgspec.json.encode(first))
+    json = written(source)
+    return item_key(source if json is None else Item(Written(json)))
 
 
 def _answered(endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:

@@ -12,17 +12,18 @@ import logging
 import time
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from starlette.responses import Response
 
 from encode_server.client import EncoderPool, Item, ItemInfo, Modality
+from encode_server.client.media import Piece
 from encode_server.route.chat import CHAT, MediaPart, name_parts, put_metadata, renames
 from encode_server.route.engine import Engine
 from encode_server.route.options import RouteOptions
 from encode_server.route.telemetry import RouteMetrics
-from encode_server.route.work import concurrently, maybe_threaded
+from encode_server.route.work import Document, concurrently
+from encode_server.runtime.pools import Pace, run_sized
 from encode_server.telemetry.logs import quoted
 from encode_server.wire.metadata import Metadata
 from encode_server.wire.names import PLACED_PREFIX, PUSHED_PREFIX
@@ -33,16 +34,18 @@ TRUST_S = 600.0  # how long the engine is not asked again
 DOUBT_S = 60.0  # how long media go along after metadata did not do
 SAY_S = 60.0  # between two log lines of one kind
 RENDER = b"/v1/chat/completions/render"
+UNSAID = {"mm_payload": "none", "stream": False}
 BRIEF = {"stream": False, "max_tokens": 1}
 LONG_ANSWERS = ("max_completion_tokens", "stream_options", "n", "logprobs", "top_logprobs")
 
 
 @dataclass(frozen=True)
 class ForEngine:
-    """A request for the engine. `instead`: the request without anything of ours, when metadata stand in for media."""
+    """A request for the engine, in pieces, which are given away as they are sent. `instead`: the request without
+    anything of ours, when metadata stand in for media."""
 
-    content: bytes
-    instead: bytes | None = None
+    content: list[Piece]
+    instead: list[Piece] | None = None
 
 
 class VLLMFace:
@@ -60,22 +63,23 @@ class VLLMFace:
         self._said: dict[str, float] = {}
 
     async def encoded(
-        self, path: str, headers: Mapping[str, str], body: dict[str, Any], parts: list[MediaPart], content: bytes
+        self, path: str, headers: Mapping[str, str], document: Document, parts: list[MediaPart]
     ) -> ForEngine:
         """The request, once its embeddings are where the engine looks for them."""
+        raw, body = document.raw, document.found.body
         if renames(body):
             self._leave(parts, "the request has mm_processor_kwargs or media_io_kwargs")
-            return ForEngine(content)
+            return ForEngine([raw])
         renamed = self._told | self._known(frozenset(Modality), self._renamed)
         if left := [part for part in parts if part.modality in renamed]:
             self._leave(left, "the engine has media_io_kwargs of its own, and looks for other names")
             parts = [part for part in parts if part.modality not in renamed]
             if not parts:
-                return ForEngine(content)
+                return ForEngine([raw])
         modalities = {part.modality for part in parts}
         may_place = self._may_place(modalities) if path == CHAT else set()
         prefix = (PLACED_PREFIX if may_place else PUSHED_PREFIX) if self._receives else ""
-        named = await maybe_threaded(len(content), name_parts, parts, self._options.video_fps, prefix)
+        named = await run_sized(document.pool, Pace.HASH, len(raw), name_parts, parts, self._options.video_fps, prefix)
         infos = await concurrently(named, self._push if self._receives else self._encoders.store)
         metadata: dict[str, Metadata | None] = {
             str(item.uuid): info.metadata if modality in may_place else None
@@ -83,13 +87,12 @@ class VLLMFace:
             for item, info in zip(items, infos[modality], strict=True)
         }
         placed = put_metadata(body, parts, metadata) if may_place else frozenset[Modality]()
-        changed = await maybe_threaded(len(content), msgspec.json.encode, body)
-        if path == CHAT and not await self._finds(modalities, placed, headers, changed, set(metadata)):
+        if path == CHAT and not await self._finds(modalities, placed, headers, document, set(metadata)):
             self._leave(parts, "the engine does not find embeddings by the names of the proxy, or takes no metadata")
-            return ForEngine(content)
+            return ForEngine([raw])
         for part in parts:
             self._metrics.media.labels(part.modality, "metadata" if part.modality in placed else "media").inc()
-        return ForEngine(changed, content if placed else None)
+        return ForEngine(await document.written({}), [raw] if placed else None)
 
     async def forward(self, method: str, target: bytes, headers: Mapping[str, str], request: ForEngine) -> Response:
         """The engine's answer. An engine that fails with metadata is given the media."""
@@ -119,7 +122,7 @@ class VLLMFace:
         modalities: Set[Modality],
         placed: Set[Modality],
         headers: Mapping[str, str],
-        content: bytes,
+        document: Document,
         names: set[str],
     ) -> bool:
         """Whether the engine finds the embeddings of this request. The engine is asked again only now and then."""
@@ -127,16 +130,16 @@ class VLLMFace:
             return True
         async with self._asking:
             unsure = modalities - self._known(modalities, self._named)
-            if unsure and not await self._keeps_names(unsure, headers, content, names):
+            if unsure and not await self._keeps_names(unsure, headers, document, names):
                 return False
             untried = placed - self._known(placed, self._placed)
-            return not untried or await self._takes_metadata(untried, headers, content)
+            return not untried or await self._takes_metadata(untried, headers, document)
 
     async def _keeps_names(
-        self, modalities: Set[Modality], headers: Mapping[str, str], content: bytes, names: set[str]
+        self, modalities: Set[Modality], headers: Mapping[str, str], document: Document, names: set[str]
     ) -> bool:
         """Whether the engine calls media as the proxy does; True where the engine does not say."""
-        found = await self._names(headers, content)
+        found = await self._names(headers, document)
         until = time.monotonic() + TRUST_S
         for modality in modalities:
             renamed = found is not None and names.isdisjoint(found.get(modality, ()))
@@ -144,11 +147,10 @@ class VLLMFace:
             (self._renamed if renamed else self._named)[modality] = until
         return modalities == self._known(modalities, self._named)
 
-    async def _takes_metadata(self, modalities: Set[Modality], headers: Mapping[str, str], content: bytes) -> bool:
+    async def _takes_metadata(self, modalities: Set[Modality], headers: Mapping[str, str], document: Document) -> bool:
         """Try the request, for one token of an answer."""
-        body = msgspec.json.decode(content, type=dict[str, Any])
-        brief = {name: value for name, value in body.items() if name not in LONG_ANSWERS} | BRIEF
-        status, answer = await self._engine.ask(CHAT.encode(), headers, msgspec.json.encode(brief))
+        brief = await document.written(BRIEF, LONG_ANSWERS)
+        status, answer = await self._engine.ask(CHAT.encode(), headers, brief)
         now = time.monotonic()
         if status == 200:
             self._placed.update(dict.fromkeys(modalities, now + TRUST_S))
@@ -163,11 +165,10 @@ class VLLMFace:
         now = time.monotonic()
         return {modality for modality in modalities if until.get(modality, 0.0) > now}
 
-    async def _names(self, headers: Mapping[str, str], content: bytes) -> dict[str, list[str]] | None:
+    async def _names(self, headers: Mapping[str, str], document: Document) -> dict[str, list[str]] | None:
         """What the engine calls the media of a request, by modality; None when the engine does not say: only one that
         was started with `--enable-scale-out` does. Options of an engine may be hashed into the names."""
-        body = msgspec.json.decode(content, type=dict[str, Any]) | {"mm_payload": "none", "stream": False}
-        status, answer = await self._engine.ask(RENDER, headers, msgspec.json.encode(body))
+        status, answer = await self._engine.ask(RENDER, headers, await document.written(UNSAID))
         if status != 200:
             return None
         try:

@@ -1,24 +1,36 @@
-"""Work of the proxy beside the loop, or several pieces of it concurrently."""
+"""Work of the proxy for a request: several pieces of it concurrently, and large documents beside the loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from encode_server.client import Item, ItemInfo, Modality
+from encode_server.client.media import Piece
+from encode_server.route.chat import LIMITS
+from encode_server.runtime.outline import Outline
+from encode_server.runtime.pools import Pace, run_sized
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-SMALL_BODY = 64 << 10  # decoded on the loop: less work than a change of threads
+@dataclass(frozen=True)
+class Document:
+    """A request's body that may be changed before it is sent on. `raw`: as it came."""
 
+    raw: bytearray
+    found: Outline[Any]
+    pool: Executor
 
-async def maybe_threaded(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The function's result; in a thread where it works on so many bytes that the loop would wait."""
-    if size >= SMALL_BODY:
-        return await asyncio.to_thread(function, *args, **kwargs)
-    return function(*args, **kwargs)
+    async def written(self, changes: Mapping[str, object], without: Collection[str] = ()) -> list[Piece]:
+        """The body as it is now, as JSON in pieces, its long strings as they came. `changes`: fields that are others in
+        this copy; `without`: fields that the copy lacks."""
+        body = {name: value for name, value in self.found.body.items() if name not in without} | dict(changes)
+        nbytes = min(len(self.raw), LIMITS.max_bytes)
+        return self.found.restored(await run_sized(self.pool, Pace.JSON, nbytes, msgspec.json.encode, body))
 
 
 async def concurrently(

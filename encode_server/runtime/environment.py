@@ -30,6 +30,8 @@ def forkserver_environment() -> dict[str, str]:
         # transformers asks while it is imported whether CUDA is available. Without this variable the answer initialises
         # the CUDA driver in the forkserver, and no child of it could use a GPU.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # Batches differ in size: the allocator would keep blocks of many sizes, none of which fits the next batch.
+        **({} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

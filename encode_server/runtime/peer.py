@@ -16,6 +16,10 @@ STUCK_S = 10.0  # after SIGKILL; a process that is still there sleeps in the ker
 LAST_WORDS_S = 0.2  # what a child that exited by itself says of why may still be on its way
 
 
+class Unkillable(StartupError):
+    """A process stays after SIGKILL. What it maps may change under whoever uses that memory next."""
+
+
 class Peer:
     """Owner of one child process and of the link to it. `close` releases both; `exited` is the child's exit code, set
     once the process is gone and its last words have been heard."""
@@ -44,7 +48,7 @@ class Peer:
         """Wait `grace_s` for the child to exit, kill it if it did not, and wait until it is gone. Never interrupted
         half way by a cancellation: half of a close leaves a process that nobody owns.
 
-        Raises StartupError when the process cannot be killed."""
+        Raises Unkillable."""
         task = asyncio.create_task(self._close(grace_s))
         try:
             await asyncio.shield(task)
@@ -62,9 +66,7 @@ class Peer:
                 async with asyncio.timeout(STUCK_S):
                     await asyncio.shield(self._child.exited)
             except TimeoutError:
-                raise StartupError(
-                    f"process {self._child.pid} cannot be killed: its driver or its disk hangs"
-                ) from None
+                raise Unkillable(f"process {self._child.pid} cannot be killed: its driver or its disk hangs") from None
             finally:
                 self.link.close()
         else:

@@ -11,6 +11,7 @@ from encode_server.pipeline.request import MediaItem
 from encode_server.runtime.charge import Charge
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
     does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
     cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol.
-    `traceparent`: the trace that the caller's engine names in the body (W3C Trace Context)."""
+    `traceparent`: the trace that the caller's engine names in the body (W3C Trace Context). `model`: the name by which
+    the caller calls the model. `pool`: one vector for each item in place of its rows."""
 
     req_id: str | None
     modality: Modality
@@ -32,6 +34,8 @@ class Ask:
     frames: Literal["native", "sglang"] | None = None
     timeout_s: float | None = None
     traceparent: str | None = None
+    model: str | None = None
+    pool: Pool | None = None
 
     @property
     def destination(self) -> str:

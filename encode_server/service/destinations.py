@@ -14,8 +14,8 @@ from encode_server.delivery.sglang.deliveries import SGLangDeliveries
 from encode_server.delivery.sglang.registrations import Offer
 from encode_server.delivery.store import EmbeddingStore, StoreDelivery
 from encode_server.errors import BadRequest, Forbidden
-from encode_server.pipeline.request import Recall
 from encode_server.service.caller import Ask
+from encode_server.wire.embedding import Recall
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Destinations:
 
         Raises BadRequest, Forbidden, DeliveryFailed.
         """
+        to_engine = self._sglang is not None and ask.frames != "native" and ask.prefill_host is not None
+        if ask.pool is not None and (ask.stored or to_engine):
+            raise BadRequest(f"pool is {ask.pool.value!r}, but an engine takes an item's rows, not one vector")
         if ask.cached:
             if ask.prefill_host is not None or ask.embedding_port is not None:
                 raise BadRequest("delivery is 'cache', which goes without prefill_host and embedding_port")

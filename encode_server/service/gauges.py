@@ -25,7 +25,8 @@ def show_gauges(server: Server) -> None:
     if server.encoding is not None:
         _show_encoding(server, server.encoding)
     else:
-        metrics.show_ranks([False] * settings.tp)
+        for group in range(settings.dp):
+            metrics.show_ranks(group, [False] * settings.tp)
 
 
 def _show_encoding(server: Server, encoding: Encoding) -> None:
@@ -38,9 +39,14 @@ def _show_encoding(server: Server, encoding: Encoding) -> None:
     metrics.backlog.set(load.backlog_s)
     metrics.capacity.set(load.capacity or 0.0)
     metrics.in_flight.set(batcher.in_flight)
-    metrics.forward_age.set(engine.forward_age_s() or 0.0)
-    metrics.forward_limit.set(engine.limit_s())
-    metrics.show_ranks([state == "ready" for state in engine.rank_states] or [False] * server.settings.tp)
+    slowest = engine.slowest
+    metrics.forward_age.set(slowest.forward_age_s() or 0.0)
+    metrics.forward_limit.set(slowest.limit_s())
+    for index, (group, work) in enumerate(zip(engine.groups, batcher.works, strict=True)):
+        metrics.show_ranks(index, [state == "ready" for state in group.rank_states] or [False] * server.settings.tp)
+        metrics.group_up[str(index)].set(group.ready)
+        metrics.group_in_flight[str(index)].set(len(work.running))
+        metrics.group_backlog[str(index)].set(work.seconds)
     metrics.show_preparers(state != "starting" for state in preparers.states)
     for modality, cost in batcher.costs.items():
         metrics.speed[modality].set(cost.patches_per_s or 0.0)

@@ -28,7 +28,8 @@ def server_info(server: Server) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "model": encoding.model_name if encoding is not None else server.settings.model,
+        "model": server.model_name,
+        "served_model_names": server.model_names,
         "revision": server.settings.revision,
         "encoder": None if loaded is None else msgspec.to_builtins(loaded, str_keys=True),
         "state": server.unavailable() or "ready",
@@ -36,6 +37,29 @@ def server_info(server: Server) -> dict[str, Any]:
         "machine_cores": os.cpu_count(),
         "settings": redacted(server.settings),
         "given": sorted(server.settings.model_fields_set),
+    }
+
+
+def models(server: Server) -> dict[str, Any]:
+    """The model by each of its names, as OpenAI's `/v1/models` has it. `root`: the checkpoint, as the operator gave it.
+    `pools`: by modality, how items can be pooled, once the encoder is loaded."""
+    encoding = server.encoding
+    info = encoding.engine.info if encoding is not None else None
+    modalities = sorted(encoding.pipeline.modalities) if encoding is not None else []
+    return {
+        "object": "list",
+        "data": [
+            {
+                "id": name,
+                "object": "model",
+                "created": server.created,
+                "owned_by": "encode_server",
+                "root": server.settings.model,
+                "modalities": modalities,
+                "pools": {} if info is None else {modality: info.pools(modality) for modality in modalities},
+            }
+            for name in server.model_names
+        ],
     }
 
 

@@ -93,10 +93,13 @@ async def _read(server: Server, caller: Caller, ticket: Ticket, arrived: float) 
         raise DeadlineExceeded("the request's time was up before its body had arrived") from None
     if ask.part_idx >= ask.num_parts:
         raise BadRequest(f"part_idx is {ask.part_idx}, expected less than num_parts, {ask.num_parts}")
-    ticket.settle(sum(len(item.source) for item in ask.items))
+    server.check_model(ask.model)
+    ticket.settle(sum(item.nbytes for item in ask.items))
     fps = server.settings.video_fps
     if ask.modality is Modality.VIDEO and fps is not None:
-        return replace(ask, items=[item.with_fps(fps) for item in ask.items])
+        ask = replace(ask, items=[item.with_fps(fps) for item in ask.items])
+    if ask.pool is not None:
+        ask = replace(ask, items=[item.with_pool(ask.pool) for item in ask.items])
     return ask
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,15 +20,16 @@ from encode_server.delivery.folder import EntryFolder
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
-from encode_server.delivery.sglang.frames import SGLangFrames
+from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S, SGLangFrames
 from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupSpec
+from encode_server.engine.groups import RankGroups
 from encode_server.engine.profiling import Profiling
-from encode_server.engine.supervisor import Supervisor, SupervisorOptions
-from encode_server.errors import NotReady, StartupError
+from encode_server.engine.supervisor import SupervisorOptions
+from encode_server.errors import NotReady, StartupError, UnknownModel, UnsupportedModality, first_of
 from encode_server.media.limits import MediaLimits
 from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
@@ -55,13 +57,14 @@ from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.embedding import Encoded
 from encode_server.wire.load import Load
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 from encode_server.wire.preparers import Pickled, PreparerSetup
 
 log = logging.getLogger(__name__)
 
 LAG_INTERVAL_S = 0.25
-SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
 FORKSERVER_TRIES = 3
+PROBE_BYTES = 4 << 20  # of the arena, for the health probes of one group
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Encoding:
     """What exists once the checkpoint is known: everything between a request and its embedding."""
 
     model_name: str
-    engine: Supervisor
+    engine: RankGroups
     preparers: Preparers
     batcher: Batcher
     pipeline: Pipeline
@@ -89,9 +92,10 @@ class Server:
         where nothing is traced."""
         self.settings, self.tracing = settings, tracing
         self._launched = launched
-        self.metrics = Metrics(__version__)
+        self.metrics = Metrics(__version__, settings.dp)
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
+        self.created = int(time.time())  # for clients that ask when a model came to be
         self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
@@ -132,7 +136,7 @@ class Server:
             stack.callback(pools.close)
             if self.tracing is not None:
                 stack.push_async_callback(asyncio.to_thread, self.tracing.close)
-            self.arena = Arena(settings.arena_mb << 20)
+            self.arena = Arena(settings.arena_mb << 20, PROBE_BYTES * settings.dp)
             stack.callback(self.arena.close)
             source = MediaSource(settings.media_allow, settings.media_roots, self._limits, pools.work)
             stack.push_async_callback(source.aclose)
@@ -140,7 +144,8 @@ class Server:
             stack.callback(pusher.close)
             store = None
             if self.folder is not None:
-                store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store)
+                alpha = f"image_alpha={settings.image_alpha}"
+                store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store, alpha)
             if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
@@ -175,8 +180,27 @@ class Server:
 
     @property
     def model_name(self) -> str:
-        """The checkpoint, as the operator gave it."""
-        return self.settings.model
+        """What the model is called in answers: the first of --served-model-name, else the checkpoint, as the operator
+        gave it."""
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names by which requests may call the model."""
+        return self.settings.served_model_name or (self.settings.model,)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise UnknownModel for a name that is not this model's. A request need not name it."""
+        if name is not None and name not in self.model_names:
+            raise UnknownModel(f"there is no model {name!r} here; this server has: {', '.join(self.model_names)}")
+
+    async def pools_of(self, modality: Modality) -> list[Pool]:
+        """How items of `modality` can be pooled. Raises NotReady, UnsupportedModality."""
+        encoding = self._known()
+        if modality not in encoding.pipeline.modalities:
+            has = ", ".join(sorted(encoding.pipeline.modalities))
+            raise UnsupportedModality(f"this model has no encoder for {modality}, it takes: {has}")
+        return (await encoding.engine.until_ready()).pools(modality)
 
     def timeout_s(self, asked: float | None) -> float:
         """A request's deadline in seconds, from what its caller asks for."""
@@ -266,6 +290,9 @@ class Server:
             raise NotReady("the checkpoint is being looked up")
         return self.encoding
 
+    async def _prove(self, group: int) -> str:
+        return await self._known().health.prove(group)
+
     async def _pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> Pickled:
         return await self._known().preparers.pickle(dtype, grid, seconds)
 
@@ -317,11 +344,14 @@ class Server:
             device=settings.device,
             dtype=settings.dtype,
             checkpoint_dtype=found.dtype,
-            threads=settings.rank_threads or max(1, usable_cores() // settings.tp),
+            threads=settings.rank_threads or max(1, usable_cores() // (settings.tp * settings.dp)),
             facts=found.facts,
+            tf32=settings.tf32,
+            groups=settings.dp,
+            flash_attention=settings.flash_attention,
         )
         options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
-        engine = Supervisor(spec, forkserver, self.arena, options, metrics)
+        engine = RankGroups(spec, forkserver, self.arena, options, metrics, self._prove)
         preparers = Preparers(self._preparer_spec(found), forkserver, self.arena.fd, metrics)
         budgets = {
             Modality.IMAGE: settings.image_batch_tokens,
@@ -331,7 +361,7 @@ class Server:
         batcher = Batcher(engine, budgets, metrics, self.tracing)
         cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), metrics)
         pipeline = Pipeline(
-            model=found.name,
+            model=self.model_name,
             modalities=frozenset(found.modalities),
             source=source,
             pools=self.pools,
@@ -343,7 +373,7 @@ class Server:
         )
         health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
         route = Route(cache, metrics, self.tracing)
-        return Encoding(found.name, engine, preparers, batcher, pipeline, cache, health, route)
+        return Encoding(self.model_name, engine, preparers, batcher, pipeline, cache, health, route)
 
     def _preparer_spec(self, found: Inspection) -> PreparerSpec:
         settings = self.settings
@@ -378,9 +408,7 @@ class Server:
             self._changes.announce()
 
     def _fail(self, failure: Exception, on_fatal: Callable[[str], None]) -> None:
-        error: BaseException = failure
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
+        error = first_of(failure)
         if isinstance(error, StartupError):
             self.fatal = str(error)
         else:
@@ -442,4 +470,5 @@ def media_limits(settings: Settings) -> MediaLimits:
         decode_seconds=settings.decode_s,
         fetch_seconds=settings.fetch_s,
         slow_formats=settings.media_formats == "all",
+        white_behind=settings.image_alpha == "white",
     )

@@ -59,7 +59,9 @@ class Metrics:
     series exist, at 0, before its first event, without which a rate misses that event.
     """
 
-    def __init__(self, version: str = "") -> None:
+    def __init__(self, version: str = "", groups: int = 1) -> None:
+        """`groups`: of ranks, side by side."""
+        of_groups = [str(index) for index in range(groups)]
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each counter and histogram, which nobody reads
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
@@ -151,10 +153,24 @@ class Metrics:
 
         # Processes.
         self.ready = self._gauge("encode_ready", "1 when requests are taken")
-        self._rank_up = Gauge("encode_rank_up", "1 when the rank is ready", ["rank"], registry=registry)
+        self._rank_up = Gauge("encode_rank_up", "1 when the rank is ready", ["group", "rank"], registry=registry)
         self._preparer_up = Gauge("encode_preparer_up", "1 when the preparer works", ["preparer"], registry=registry)
-        self.group_restarts = _children(
-            self._counter("encode_group_restarts", "Restarts of the rank group, by cause", "cause"), GROUP_CAUSES
+        restarts = self._counter("encode_group_restarts", "Restarts of a group of ranks, by cause", "group", "cause")
+        self.group_restarts = {
+            group: {cause: restarts.labels(group, cause) for cause in GROUP_CAUSES} for group in of_groups
+        }
+        self.group_batches = _children(
+            self._counter("encode_group_batches", "Batches sent to a group of ranks", "group"), of_groups
+        )
+        self.group_up = _children(
+            Gauge("encode_group_up", "1 when the group takes part in the work", ["group"], registry=registry), of_groups
+        )
+        self.group_in_flight = _children(
+            Gauge("encode_group_batches_in_flight", "Batches in progress on the group", ["group"], registry=registry),
+            of_groups,
+        )
+        self.group_backlog = _children(
+            Gauge("encode_group_backlog_seconds", "Seconds of these, learnt", ["group"], registry=registry), of_groups
         )
         self.preparer_restarts = _children(
             self._counter("encode_preparer_restarts", "Preparers started in place of lost ones, by cause", "cause"),
@@ -201,18 +217,23 @@ class Metrics:
         """Count processor time of a stage."""
         self._stage_cpu[stage].inc(seconds)
 
-    def show_ranks(self, states: Iterable[bool]) -> None:
-        """Which ranks are ready."""
-        _show_each(self._rank_up, states)
+    def show_ranks(self, group: int, states: Iterable[bool]) -> None:
+        """Which ranks of a group are ready."""
+        for rank, state in enumerate(states):
+            self._rank_up.labels(str(group), str(rank)).set(state)
 
     def show_preparers(self, states: Iterable[bool]) -> None:
         """Which preparers work."""
-        _show_each(self._preparer_up, states)
+        for index, state in enumerate(states):
+            self._preparer_up.labels(str(index)).set(state)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """The text, and its content type: OpenMetrics, with exemplars, where the header `Accept` asks for it."""
         encode: Callable[[CollectorRegistry], bytes]
-        encode, content_type = choose_encoder(accept)
+        try:
+            encode, content_type = choose_encoder(accept)
+        except (ValueError, TypeError):  # a version that is none
+            encode, content_type = choose_encoder("")
         return encode(self.registry), content_type
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
@@ -232,8 +253,3 @@ def _children(metric: Metric, values: Iterable[str]) -> Mapping[str, Metric]:
 
 def _by_modality(metric: Metric) -> Mapping[Modality, Metric]:
     return {modality: metric.labels(modality) for modality in Modality}
-
-
-def _show_each(gauge: Gauge, states: Iterable[bool]) -> None:
-    for index, state in enumerate(states):
-        gauge.labels(str(index)).set(state)

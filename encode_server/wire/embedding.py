@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from encode_server.wire.dtypes import ITEM_BYTES
@@ -20,6 +21,24 @@ class EncodedItem:
     extra: dict[str, float | int | list[float]]
     data: memoryview
     options: ItemOptions | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An item's embedding, as far as anything is known before the item is encoded. `uuid`: the item's name in a store.
+    `digest`: of the media's bytes."""
+
+    uuid: str | None
+    options: ItemOptions
+    modality: Modality
+    digest: str
+    model: str
+    dtype: str
+    dim: int
+
+
+Recall = Callable[[Wanted, Callable[[int], None]], Awaitable[EncodedItem | None]]
+"""Finds an embedding where a former request has left it; told of its bytes before they are read."""
 
 
 @dataclass

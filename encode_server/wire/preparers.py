@@ -129,8 +129,8 @@ class Placed(msgspec.Struct, frozen=True, tag="placed"):
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
-    """The job ended in an error of its caller's. `code`: see `errors.by_code`. `out_of_memory`: memory ran out, which
-    may be another job's doing."""
+    """The job ended in an error that its caller is told. `code`: see `errors.by_code`. `out_of_memory`: the process had
+    no memory left; another job of the same process may have taken the memory."""
 
     job: int
     code: str

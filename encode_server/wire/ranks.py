@@ -10,6 +10,7 @@ import msgspec
 
 from encode_server.wire.checkpoint import Facts
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 
 class TensorRef(msgspec.Struct, frozen=True):
@@ -31,8 +32,10 @@ class ItemRef(msgspec.Struct, frozen=True):
 class EncoderInfo(msgspec.Struct, frozen=True):
     """What a rank loaded: embedding width per modality, dtype of the embeddings, bytes of weights on this rank.
 
-    `at_once`: forwards it executes side by side; they start in the order sent. `batch_cost`: patches or mel frames of
-    the batches it does best with, None for as many as the budget allows.
+    `pooled`: width of the one vector that the model itself makes for an item, by modality, where it makes one.
+    `class_token`: the first row of an item is that of a class token. `at_once`: forwards it executes side by side; they
+    start in the order sent. `batch_cost`: patches or mel frames of the batches it does best with, None for as many as
+    the budget allows.
     """
 
     model_type: str
@@ -42,14 +45,22 @@ class EncoderInfo(msgspec.Struct, frozen=True):
     weight_bytes: int
     at_once: int = 1
     batch_cost: int | None = None
+    pooled: dict[Modality, int] = {}
+    class_token: bool = False
+
+    def pools(self, modality: Modality) -> list[Pool]:
+        """How items can be pooled."""
+        return [Pool.MEAN, *[Pool.CLS] * self.class_token, *[Pool.MODEL] * (modality in self.pooled)]
 
 
 class RankSetup(msgspec.Struct, frozen=True):
     """What a rank is started with: become rank `rank` of `world` and load the encoder of the checkpoint in `path`.
 
-    `device` and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `threads`: CPU threads of this
-    rank. The descriptors of the arena, of `arena_bytes`, and of torch.distributed's FileStore come with the fork.
-    `facts`: what the checkpoint's inspection found.
+    `device_index`: which of the host's GPUs is this rank's, of the `devices` that all groups of ranks need. `device`
+    and `dtype` may be `auto`; `checkpoint_dtype` is what the checkpoint holds. `tf32`: whether a GPU may multiply
+    float32 matrices in TF32. `flash_attention`: version of the kernels on a GPU. `threads`: CPU threads of this rank.
+    The descriptors of the arena, of `arena_bytes`, and of torch.distributed's FileStore come with the fork. `facts`:
+    what the checkpoint's inspection found.
     """
 
     socket: str
@@ -62,6 +73,10 @@ class RankSetup(msgspec.Struct, frozen=True):
     threads: int
     arena_bytes: int
     facts: Facts | None = None
+    device_index: int = 0
+    devices: int = 1
+    tf32: bool = False
+    flash_attention: str = "2"
 
 
 # Commands, front to rank.
@@ -82,7 +97,8 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
-    """Record what runs, for so many forwards or until `StopProfile`; the trace goes to `path` + `rank<N>.json.gz`."""
+    """Record what runs, for so many forwards or until `StopProfile`, within the bounds of `engine.profiler`. The trace
+    goes to `path` + `rank<N>.json.gz`; until the trace is complete there is a file of that name + `.part`."""
 
     seq: int
     path: str
@@ -90,7 +106,7 @@ class StartProfile(msgspec.Struct, frozen=True, tag="start_profile"):
 
 
 class StopProfile(msgspec.Struct, frozen=True, tag="stop_profile"):
-    """Write the trace of the profile that runs."""
+    """End the profile that runs, and begin to write its trace."""
 
     seq: int
 
@@ -111,6 +127,13 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
     rank: int
     step: str
+
+
+class Warned(msgspec.Struct, frozen=True, tag="warned"):
+    """The rank works, and something about it costs time or memory; `message` is one line for the operator."""
+
+    rank: int
+    message: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -137,7 +160,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-Event = Progress | Ready | Done | Failed
+Event = Progress | Warned | Ready | Done | Failed
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import correctness, gpu, overhead, serving, small, tables
+from benchmarks import correctness, gpu, overhead, roofline, serving, small, tables
 from benchmarks.prometheus import Look
 from benchmarks.towers import FULL_SIZE, TINY, write_checkpoint
 from encode_server.bench.load import Load
@@ -73,6 +73,8 @@ def test_what_the_engine_adds_to_a_forward(towers, capsys):
 
 def test_the_gpu_script_runs_through_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "Load", counted)
+    # In this process: another one would import torch again.
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: roofline.main(command[3:]))
     threads = torch.get_num_threads()
     found = tmp_path / "found.json"
     assert gpu.main(["--device=cpu", "--tiny", f"--json={found}"]) == 0
@@ -81,7 +83,8 @@ def test_the_gpu_script_runs_through_on_a_cpu(tmp_path, capsys, monkeypatch):
     assert all(check["ok"] for check in document["correctness"])
     assert any("2 rank(s) over gloo" in check["name"] for check in document["correctness"])
     (tower,) = document["towers"].values()
-    assert set(tower["floors"]) == {"56", "112"}
+    assert set(tower["floors"]) == set(tower["predicted"]) == {"56", "112"}
+    assert all(row["card"] == "H100" and 0 < row["share"] < 1 for row in tower["predicted"].values())
     assert tower["service"]["112"]["outcomes"].keys() == {"200"}
     assert "the service over loopback HTTP" in capsys.readouterr().out
 

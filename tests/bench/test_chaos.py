@@ -7,6 +7,7 @@ import pytest
 from benchmarks import chaos
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_chaos_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["chaos", "--minutes=0.6", f"--json={tmp_path / 'found.json'}"])

@@ -315,7 +315,7 @@ async def test_an_address_in_use_and_a_second_waiter_are_refused() -> None:
 async def test_a_flood_does_not_keep_the_loop_from_others(connect: Connect) -> None:
     async with EmbeddingReceiver(max_early_bytes=1 << 20) as receiver:
         pusher = connect(receiver)
-        for i in range(900):  # Fits the sockets' queues, so that all of it is there at once.
+        for i in range(900):  # Fits the sockets' queues, so that all of it is there before anything is read.
             pusher.part(f"r{i}")
         time.sleep(0.2)  # noqa: ASYNC251 The messages come in while the loop can't take them.
         turns, deadline = 0, time.monotonic() + 20

@@ -173,6 +173,45 @@ def test_entries_are_counted_too(tmp_path):
     assert "e3" not in stored(tmp_path)
 
 
+def test_an_entry_that_replaces_another_counts_once(tmp_path):
+    folder = opened(tmp_path, max_bytes=3 * on_disk(5000))
+    for _ in range(20):
+        folder.write("same", entry(500))
+        assert folder.used_bytes == on_disk(5000)
+    folder.write("same", entry(4))
+    assert folder.used_bytes == on_disk(100)
+    for name in ("b", "c"):
+        folder.write(name, entry(500))
+    with pytest.raises(StoreFull):
+        folder.write("d", entry(500))
+    folder.write("c", entry(500))  # takes no more room than it has
+
+
+def test_entries_written_concurrently_do_not_share_room(tmp_path, monkeypatch):
+    folder, size = opened(tmp_path, max_bytes=4 * on_disk(5000)), on_disk(5000)
+    begun, go_on = threading.Barrier(5), threading.Event()
+    whole = os.write
+
+    def slow(file, data):
+        if len(data) > 1000:
+            begun.wait(10)
+            go_on.wait(10)
+        return whole(file, data)
+
+    monkeypatch.setattr(os, "write", slow)
+    writers = [threading.Thread(target=folder.write, args=(f"e{n}", entry(500))) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    begun.wait(10)
+    folder.expire()  # counts the directory anew, in which nothing is yet
+    with pytest.raises(StoreFull):
+        folder.write("fifth", entry(500))
+    go_on.set()
+    for writer in writers:
+        writer.join(10)
+    assert folder.used_bytes == 4 * size and len(stored(tmp_path)) == 4
+
+
 def test_an_entry_another_server_wrote_counts(tmp_path):
     size = on_disk(sum(map(len, entry(100))))
     opened(tmp_path).write("theirs", entry(100))

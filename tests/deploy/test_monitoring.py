@@ -32,7 +32,7 @@ def queries() -> dict[str, str]:
 def samples() -> dict[str, set[str]]:
     """The labels of each sample's name that a server exposes."""
     metrics = Metrics()
-    metrics.show_ranks([True])
+    metrics.show_ranks(0, [True])
     metrics.show_preparers([True])
     found: dict[str, set[str]] = {"up": set()}
     for family in metrics.registry.collect():

@@ -10,6 +10,7 @@ from encode_server.engine.arena import Arena
 from encode_server.engine.group import Cause, GroupLost, GroupSpec, Pending
 from encode_server.errors import StartupError
 from encode_server.runtime.forkserver import Forkserver
+from encode_server.runtime.peer import Unkillable
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
 
@@ -19,15 +20,16 @@ INFO = m.EncoderInfo("stand-in", dict.fromkeys(Modality, 4), "float32", "cpu", 0
 class StandInGroup:
     """As much of a RankGroup as the supervisor uses. `ages`: what `age_s` says, whatever the clock says."""
 
-    def __init__(self, groups: Groups) -> None:
-        self._groups = groups
+    def __init__(self, groups: Groups, index: int) -> None:
+        self._groups, self.index = groups, index
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.states, self.pids = ["ready"], [1]
         self.forwarded = 0
         self.cause = Cause.NOT_STARTED
         self.age = 0.0
         self.pending: list[Pending] = []
-        self.stopped = False
+        self.stopped = self.halted = False
 
     def oldest(self) -> Pending | None:
         return self.pending[0] if self.pending else None
@@ -36,8 +38,9 @@ class StandInGroup:
         return self.age
 
     async def start(self, timeout: float) -> m.EncoderInfo:
-        assert all(group.stopped for group in self._groups.all[:-1]), "two groups live side by side"
-        if self._groups.failure:
+        former = [group for group in self._groups.of(self.index) if group is not self]
+        assert all(group.stopped for group in former), "a group lives beside the one that takes its place"
+        if self._groups.failure and (self._groups.failing is None or self.index in self._groups.failing):
             raise StartupError(self._groups.failure)
         return INFO
 
@@ -61,32 +64,54 @@ class StandInGroup:
             pending.future.set_result([m.Done(0, 1)])
         self.pending.clear()
 
-    def fail(self, reason: str, cause: Cause) -> None:
+    def stopped_from_outside(self) -> bool:
+        return self.halted
+
+    def fail(self, reason: str, cause: Cause, *, outside: bool = False) -> None:
         if self.lost.done():
             return
         self.cause = cause
         self.lost.set_result(reason)
         for pending in self.pending:
-            pending.future.set_exception(GroupLost(reason, suspect=True))
+            pending.future.set_exception(GroupLost(reason, suspect=True, outside=outside))
             pending.future.exception()
 
     async def stop(self, grace_s: float = 5.0) -> None:
         self.fail("stopped", self.cause)
+        if self._groups.stays is not None:
+            await self._groups.stays.wait()
         self.stopped = True
+        if self._groups.unkillable:
+            raise Unkillable("process 1 cannot be killed")
+        self.gone.set_result(None)
 
 
 class Groups:
-    """Makes the groups, in the place of the class RankGroup. `failure`: why new ones cannot start."""
+    """Makes the groups, in the place of the class RankGroup. `failure`: why new ones cannot start; `failing`: the
+    indexes of those groups, None for all. `stays`: until when the processes of lost groups exist. `unkillable`: they
+    exist after every signal."""
 
     def __init__(self) -> None:
         self.all: list[StandInGroup] = []
         self.failure = ""
+        self.failing: set[int] | None = None
+        self.stays: asyncio.Event | None = None
+        self.unkillable = False
 
     def __call__(
-        self, spec: GroupSpec, forkserver: Forkserver, arena: Arena, on_progress: Callable[[int, str], None]
+        self,
+        spec: GroupSpec,
+        forkserver: Forkserver,
+        arena: Arena,
+        on_progress: Callable[[int, str], None],
+        on_warning: Callable[[int, str], None],
     ) -> Any:
-        self.all.append(StandInGroup(self))
+        self.all.append(StandInGroup(self, spec.index))
         return self.all[-1]
+
+    def of(self, index: int) -> list[StandInGroup]:
+        """The groups that were started with that index."""
+        return [group for group in self.all if group.index == index]
 
     @property
     def last(self) -> StandInGroup:

@@ -32,7 +32,7 @@ def test_a_job_alone_has_all_cores_and_two_share_them(two):
     assert cores.get(timeout=10) == 2
     two.submit(job)
     two.submit(job)
-    together.wait(10)  # both run at once
+    together.wait(10)  # both run concurrently
     assert min(cores.get(timeout=10), cores.get(timeout=10)) == 1
 
 

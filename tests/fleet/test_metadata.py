@@ -97,6 +97,20 @@ def test_an_embedding_that_is_lost_later_brings_the_media_back(fleet, engine, tm
     behind_route(fleet, engine, tmp_path, use)
 
 
+def test_a_large_request_keeps_what_is_not_replaced_and_its_media_for_the_way_back(fleet, engine, tmp_path):
+    async def use(url: str, receiver: EmbeddingReceiver) -> None:
+        long = {"type": "text", "text": "é" * (3 << 20)}
+        body = chat(image(png(64, 64, 68)), VIDEO, long)
+        assert (await ask(url, body)).status_code == 200
+        assert [part["type"] for part in parts(engine)] == ["image_embeds", "video_url", "text", "text"]
+        assert parts(engine)[1:] == body["messages"][0]["content"][1:]
+        engine.metadata_status = 500
+        assert (await ask(url, body)).status_code == 200 and engine.seen[-1] == body
+        assert counted(url, "route_metadata_refused_total") == 1
+
+    behind_route(fleet, engine, tmp_path, use, "--engine-renames", "video")
+
+
 def test_media_may_be_told_to_go_along(fleet, engine, tmp_path):
     async def use(url: str, receiver: EmbeddingReceiver) -> None:
         body = chat(image(png(64, 64, 64)))

@@ -24,11 +24,11 @@ from encode_server.media.policy import UrlPolicy
 from encode_server.media.video import decode_video
 from encode_server.media.web import _parse as parse_url
 from encode_server.route.app import _target as route_target
-from encode_server.route.chat import media_parts, name_parts
-from encode_server.runtime.bodies import from_json
+from encode_server.route.chat import CHAT, MESSAGES, RESPONSES, media_items, media_parts, name_parts, put_metadata
 from encode_server.runtime.caller import CallerGone
 from encode_server.runtime.charge import free
 from encode_server.runtime.connections import ConnectionLimits, guarded
+from encode_server.runtime.outline import OutlineLimits, outline
 from encode_server.wire.frames import decode_header
 from encode_server.wire.tensorfile import expected_size, head_metadata
 
@@ -142,7 +142,7 @@ def urls(data: bytes) -> None:
         address = UrlPolicy([]).check_host(url.raw_host.decode("ascii"), url.port or 80)
         assert address is None or address.is_global
     with contextlib.suppress(EncodeError):
-        decode_inline(text, LIMITS)
+        decode_inline((text,), LIMITS)
     with contextlib.suppress(EncodeError):
         check_identifier(text)
         assert "/" not in text and text not in (".", "..")
@@ -151,10 +151,14 @@ def urls(data: bytes) -> None:
 def route(data: bytes) -> None:
     """A chat request at the proxy, and the path of any other."""
     with contextlib.suppress(EncodeError):
-        body: Any = from_json(data, object)
-        if parts := media_parts(body):
+        found: Any = outline(data, object, OutlineLimits(200, 50))
+        for path in (CHAT, RESPONSES, MESSAGES):
+            with contextlib.suppress(EncodeError):
+                media_items(media_parts(found, path))
+        if parts := media_parts(found):
             name_parts(parts, 2.0)
-            msgspec.json.encode(body)
+            put_metadata(found.body, parts, {part.part["uuid"]: {} for part in parts[:1]})
+            msgspec.json.decode(b"".join(found.restored(msgspec.json.encode(found.body))))
     with contextlib.suppress(EncodeError):
         path = data.decode("latin-1")
         request = SimpleNamespace(scope={"path": "/v1/" + path, "raw_path": b"/v1/" + data, "query_string": b""})

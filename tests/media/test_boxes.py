@@ -164,6 +164,11 @@ def test_a_limit_on_length_bounds_what_may_be_declared() -> None:
         check_boxes(declared, MediaLimits(max_video_seconds=2, max_audio_seconds=1))
 
 
+@pytest.mark.parametrize("kind", [b"iinf", b"iloc", b"trun", b"saiz", b"hdlr", b"stsd"])
+def test_an_empty_box_at_the_end_passes(kind: bytes) -> None:
+    check_boxes(box(b"free") + box(kind), LIMITS)
+
+
 def test_other_formats_pass() -> None:
     for data in (b"", b"\0" * 7, b"RIFF", video_bytes("matroska"), video_bytes("avi", "mpeg4"), bytes(1000)):
         check_boxes(data, LIMITS)

@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import struct
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,6 +116,38 @@ def test_media_of_the_wrong_kind_are_no_crash(decoder: str, format: str) -> None
             DECODERS[decoder](data)
         except (BadMedia, TooLarge):
             pass
+
+
+def chunk(kind: bytes, content: bytes = b"") -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def split(data: bytes, mark: bytes) -> list[bytes]:
+    at = data.index(mark)
+    return [data[:at], data[at:]]
+
+
+MANY = 300_000
+IN_PIECES = {
+    "texts of a PNG": lambda: image_bytes("PNG")[:33] + chunk(b"tEXt", b"a\0b") * MANY + image_bytes("PNG")[33:],
+    "chunks behind the pixels of a PNG": lambda: image_bytes("PNG")[:-12] + chunk(b"abCd") * MANY + chunk(b"IEND"),
+    "comments of a JPEG": lambda: b"\xff\xd8" + b"\xff\xfe\0\2" * MANY + image_bytes("JPEG")[2:],
+    "padding of a JPEG": lambda: b"\xff\xd8" + b"\xff" * MANY + image_bytes("JPEG")[2:],
+    "extensions of a GIF": lambda: b"\x21\xfe\0".join([b""] * MANY).join(split(image_bytes("GIF"), b"\x2c")),
+    "a long comment of a PPM": lambda: b"P6\n#" + b"a" * MANY + b"\n1 1\n255\n\0\0\0",
+}
+
+
+@pytest.mark.parametrize("name", IN_PIECES)
+def test_a_header_of_very_many_pieces_is_refused(name: str) -> None:
+    """Pillow takes some 20 microseconds for each, and a file of 64 MB may have millions."""
+    with pytest.raises(TooLarge, match="too many parts"):
+        decode_image(IN_PIECES[name](), MediaLimits())
+
+
+def test_a_header_that_takes_too_long_ends_in_time() -> None:
+    with pytest.raises(TooLarge, match="takes longer than"):
+        decode_image(IN_PIECES["comments of a JPEG"](), MediaLimits(slow_formats=True, decode_seconds=0.05))
 
 
 SCHEMES = st.sampled_from(

@@ -109,6 +109,7 @@ def test_a_jpeg_in_base64_is_no_path_though_it_begins_with_a_slash(tmp_path: Pat
         "data:,\ud800",
         "file:///\ud800",
         "http://\ud800.com/",
+        "http://xn--/",
         "QUJ\ud800",
     ],
 )

@@ -105,11 +105,22 @@ def _levels(output: Any) -> torch.Tensor:
 
 
 def video_inputs(path: Path, data: bytes, **options: Any) -> Any:
-    """The checkpoint's own video processor's output for every frame of a GIF, sampling as its configuration says."""
+    """What the checkpoint's own processor makes of every frame of a GIF, sampling as its configuration says.
+
+    The whole processor where the checkpoint has one: its class may set other sizes than its video processor's files.
+    """
     frames, fps = frames_of(data)
     metadata = transformers.video_utils.VideoMetadata(
         total_num_frames=len(frames), fps=fps, duration=len(frames) / fps, height=frames.shape[1], width=frames.shape[2]
     )
+    if (path / "tokenizer_config.json").exists():
+        processor = transformers.AutoProcessor.from_pretrained(path)
+        return processor(
+            text=[processor.video_token],
+            videos=[frames],
+            videos_kwargs={"video_metadata": [metadata], **options},
+            return_tensors="pt",
+        )
     processor = transformers.AutoVideoProcessor.from_pretrained(path)
     return processor(videos=[frames], video_metadata=[metadata], return_tensors="pt", return_metadata=True, **options)
 

@@ -240,9 +240,9 @@ def test_a_hub_checkpoint_is_found_in_the_cache_and_only_its_encoder_asked_for(
     asked: list[str] = []
     real = huggingface_hub.snapshot_download
 
-    def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(model: str, *, revision: str | None, allow_patterns: list[str], **more: bool) -> str:
         asked.extend(allow_patterns)
-        found = real(model, revision=revision, allow_patterns=allow_patterns, cache_dir=tmp_path / "hub")
+        found = real(model, revision=revision, allow_patterns=allow_patterns, cache_dir=tmp_path / "hub", **more)
         return str(found)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)

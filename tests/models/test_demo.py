@@ -1,4 +1,4 @@
-"""The embedded demo checkpoint: ordinary, honest about its weights, and safe to write twice at once."""
+"""The embedded demo checkpoint: ordinary, honest about its weights, and safe to write by two processes concurrently."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from encode_server.models.resolve import resolve
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
+from tests.models.families.builders import write
 
 
 def test_an_inspection_describes_the_checkpoint(checkpoints: Checkpoints) -> None:
@@ -167,3 +168,33 @@ def test_the_demo_is_what_it_says_before_it_is_written(monkeypatch: pytest.Monke
     before = preload_modules("demo", None)
     assert not list(tmp_path.iterdir())
     assert inspect(("demo", None, 1)).preload == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("shape", r"fc1\.weight in model\.safetensors has shape \[8, 8\], expected \[96, 64\]"),
+        ("missing", r"lacks 1 encoder tensors: .*fc1\.weight"),
+        ("short", r"model\.safetensors is cut short: .* ends at byte \d+"),
+        ("processor", "its processor cannot be loaded"),
+    ],
+)
+def test_a_bad_checkpoint_of_a_family_without_rules_of_its_own_is_one_line(
+    tmp_path: Path, damage: str, message: str
+) -> None:
+    path = write("llava", tmp_path / "llava")
+    file = path / "model.safetensors"
+    weights = {name: weight.clone() for name, weight in load_file(file).items()}
+    name = next(name for name in weights if name.endswith("layers.1.mlp.fc1.weight"))
+    if damage == "shape":
+        weights[name] = torch.zeros(8, 8)
+    if damage == "missing":
+        del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+    if damage == "short":
+        file.write_bytes(file.read_bytes()[:-100])
+    if damage == "processor":
+        (path / "processor_config.json").unlink()
+    with pytest.raises(StartupError, match=message) as caught:
+        inspect((str(path), None, 1))
+    assert "\n" not in str(caught.value)

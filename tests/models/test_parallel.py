@@ -55,7 +55,11 @@ def _jobs(checkpoints: Checkpoints, names: list[str]) -> Jobs:
     return jobs
 
 
-@pytest.mark.parametrize(("world", "names"), [(2, ALL), (4, ["qwen2_5_omni_thinker"])], ids=["tp2-all", "tp4-omni"])
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [(2, ALL), pytest.param(4, ["qwen2_5_omni_thinker"], marks=pytest.mark.slow)],
+    ids=["tp2-all", "tp4-omni"],
+)
 def test_ranks_agree_with_a_single_process(
     checkpoints: Checkpoints, tmp_path: Path, world: int, names: list[str]
 ) -> None:

@@ -9,29 +9,58 @@ import transformers
 
 from encode_server.cli import main
 from encode_server.errors import StartupError
+from encode_server.models.generic.classes import placeholders
+from encode_server.models.inspect import inspect
 from encode_server.models.registry import ARCHITECTURES
 from encode_server.models.report import report
 from encode_server.models.table import as_markdown, supported, unsupported
-from encode_server.models.tested import TESTED
+from encode_server.models.tested import NOTHING_RECEIVES, SURVEYED, TESTED
+from encode_server.wire.checkpoint import Proof
+from encode_server.wire.modality import Modality
 from tests.checkpoints import Checkpoints
+from tests.models import survey
 
 PAGE = Path(__file__).parents[2] / "docs/models.md"
 
 
 def test_the_page_is_what_the_installed_transformers_gives() -> None:
-    page = PAGE.read_text()
-    if f"transformers {transformers.__version__};" not in page:
+    if not _of_this_release():
         pytest.skip("docs/models.md describes another release of transformers")
-    assert page == as_markdown()
+    assert PAGE.read_text() == as_markdown()
 
 
 def test_every_model_type_is_either_served_or_refused() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     served = {row.model_type for row in supported()}
-    assert served | set(unsupported()) == {*CONFIG_MAPPING_NAMES, *ARCHITECTURES}
+    assert served | set(unsupported()) == {*CONFIG_MAPPING_NAMES, *ARCHITECTURES} - {"EvollaModel"}
     assert not served & set(unsupported())
-    assert {*TESTED, *ARCHITECTURES} <= served
+    if _of_this_release():
+        assert {*TESTED, *SURVEYED, *ARCHITECTURES} <= served
+
+
+def test_what_nothing_receives_is_refused_by_its_configuration() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    for name in NOTHING_RECEIVES & set(CONFIG_MAPPING_NAMES):
+        assert not [kind for kind in Modality if placeholders(CONFIG_MAPPING[name](), kind)], name
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name != "vipllava" else ()) for name in SURVEYED]
+)
+def test_what_was_surveyed_works(name: str, tmp_path: Path) -> None:
+    if not _of_this_release():
+        pytest.skip("docs/models.md describes another release of transformers")
+    survey.build(name, tmp_path / name)
+    facts = inspect((str(tmp_path / name), None, 2)).facts
+    assert facts is not None
+    assert {kind: one.batching for kind, one in facts.modalities.items()} == SURVEYED[name]
+    assert {one.proof for one in facts.modalities.values()} == {Proof.RECEIVED}
+
+
+def _of_this_release() -> bool:
+    return f"transformers {transformers.__version__};" in PAGE.read_text()
 
 
 def test_a_report_counts_what_serving_would_take(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +70,23 @@ def test_a_report_counts_what_serving_would_take(checkpoints: Checkpoints, capsy
     assert "class        Qwen2_5_VLForConditionalGeneration" in lines
     assert "tokens       50 for an image of 280x140" in lines
     assert any(line.startswith("reads") and " of " in line for line in lines)
+
+
+def test_a_report_counts_the_tokens_of_clips_and_audio(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(checkpoints.path("qwen2_5_omni_thinker"))
+    assert main(["inspect", path, "--image", "56x56", "--clip", "364x364x2", "--audio", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # 4 frames, 2 to a patch in time; 13 x 13 tokens each
+    assert "tokens       338 for a clip of 364x364x2 s" in lines
+    assert "tokens       50 for 2 s of audio" in lines
+
+
+@pytest.mark.parametrize(("name", "message"), [("clips", "no size of a clip"), ("audios", "no length of audio")])
+def test_a_length_that_is_none_is_one_line(checkpoints: Checkpoints, name: str, message: str) -> None:
+    with pytest.raises(StartupError, match=message):
+        report(str(checkpoints.path("qwen2_5_omni_thinker")), None, sizes=(), **{name: ("x",)})
 
 
 def test_a_size_that_is_none_is_one_line(checkpoints: Checkpoints) -> None:

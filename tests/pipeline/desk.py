@@ -14,7 +14,7 @@ from encode_server.wire.layout import aligned
 from encode_server.wire.modality import Modality
 from encode_server.wire.preparers import PreparedItem, PreparedPiece, TensorPart
 from encode_server.wire.ranks import ItemRef
-from tests.pipeline.engine_standin import DIM, Batch, StandInEngine, WatchedArena
+from tests.pipeline.engine_standin import DIM, Batch, StandInEngine, StandInGroups, WatchedArena
 
 
 def prepared(*costs: int) -> PreparedItem:
@@ -27,17 +27,18 @@ def prepared(*costs: int) -> PreparedItem:
 
 
 class Desk:
-    """What a test holds: the engine, the batcher, and the jobs by name."""
+    """What a test holds: the groups of ranks (`engine` is the first), the batcher, and the jobs by name."""
 
     def __init__(
         self,
-        engine: StandInEngine,
+        groups: list[StandInEngine],
         batcher: Batcher,
         arena: WatchedArena,
         metrics: Metrics,
         running: asyncio.Task[None],
     ) -> None:
-        self.engine, self.batcher, self.arena, self.metrics = engine, batcher, arena, metrics
+        self.groups, self.engine = groups, groups[0]
+        self.batcher, self.arena, self.metrics = batcher, arena, metrics
         self.running = running
         self.jobs: dict[str, Job] = {}
 
@@ -49,10 +50,11 @@ class Desk:
         client: str = "",
         reserved: bool = False,
         deadline_s: float = 60.0,
+        group: int | None = None,
     ) -> Job:
         """Queue a job of one piece for each cost."""
         deadline = time.monotonic() + deadline_s
-        job = Job(self.arena, modality, deadline, client=client, reserved=reserved)
+        job = Job(self.arena, modality, deadline, client=client, reserved=reserved, group=group)
         await job.acquire(prepared(*costs), DIM, "float32")
         self.jobs[name] = job
         self.batcher.submit(job)
@@ -64,8 +66,12 @@ class Desk:
 
     @property
     def sent(self) -> list[list[str]]:
-        """Every batch so far."""
-        return [self.names(batch) for batch in self.engine.batches]
+        """Every batch that the first group was sent so far."""
+        return self.sent_to(0)
+
+    def sent_to(self, group: int) -> list[list[str]]:
+        """Every batch that the group was sent so far."""
+        return [self.names(batch) for batch in self.groups[group].batches]
 
     async def ended(self, name: str) -> str:
         """`ok`, or the error's code, once the job has ended. Its room is given back."""
@@ -89,17 +95,18 @@ class Desk:
 
 @contextlib.asynccontextmanager
 async def desk(
-    budget: int = 100, *, at_once: int = 1, batch_cost: int | None = None, arena_bytes: int = 1 << 20
+    budget: int = 100, *, at_once: int = 1, batch_cost: int | None = None, arena_bytes: int = 1 << 20, groups: int = 1
 ) -> AsyncIterator[Desk]:
     """A batcher that runs. In the end everything must have been given back."""
-    engine = StandInEngine(at_once=at_once, batch_cost=batch_cost)
-    arena, metrics = WatchedArena(arena_bytes, engine), Metrics()
+    engine = StandInGroups(groups, at_once=at_once, batch_cost=batch_cost)
+    arena, metrics = WatchedArena(arena_bytes, engine.groups), Metrics(groups=groups)
     batcher = Batcher(engine, dict.fromkeys(Modality, budget), metrics)
     running = asyncio.create_task(batcher.run())
     try:
-        yield Desk(engine, batcher, arena, metrics, running)
-        if engine.gone is None:
-            await engine.wait_ready()
+        yield Desk(engine.groups, batcher, arena, metrics, running)
+        for group in engine.groups:
+            if group.over is None:
+                await group.wait_ready()
         await settle()
         assert not arena.violations, "a slot was released while ranks may touch it"
         assert arena.used == 0, "something was not given back"

@@ -64,8 +64,8 @@ def test_an_error_that_nobody_foresaw_ends_the_batcher_and_every_job() -> None:
     async def scenario() -> None:
         engine = StandInEngine()
         batcher = Batcher(engine, dict.fromkeys(Modality, 100), Metrics())
-        arena = WatchedArena(1 << 20, engine)
-        d = Desk(engine, batcher, arena, Metrics(), asyncio.create_task(batcher.run()))
+        arena = WatchedArena(1 << 20, [engine])
+        d = Desk([engine], batcher, arena, Metrics(), asyncio.create_task(batcher.run()))
 
         def rule(batch: Batch) -> Done:
             raise RuntimeError("a bug")
@@ -131,6 +131,43 @@ def test_the_item_that_ends_the_ranks_is_found_and_its_neighbours_are_encoded(co
         ends = await d.all_ended()
         assert ends.pop("poison") == "encode_failed"
         assert set(ends.values()) <= {"ok"}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_kills_from_outside_are_not_blamed_on_what_was_executing(count: int) -> None:
+    async def scenario(d: Desk) -> None:
+        for index in range(count):
+            await d.submit(str(index), 10)
+        for _ in range(4):
+            await settle()
+            assert len(d.engine.open) == 1
+            d.engine.lose(outside=True)
+            await settle()
+            d.engine.recover()
+        d.engine.rule = lambda batch: OK
+        await settle()
+        for batch in d.engine.open:
+            batch.end()
+        assert set((await d.all_ended()).values()) == {"ok"}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_item_that_kills_follow_wherever_it_goes_is_found(count: int) -> None:
+    """A kill that the item caused may look as if it came from outside."""
+
+    async def scenario(d: Desk) -> None:
+        d.engine.rule = poisoned(d, "poison", GroupLost("killed", suspect=True, outside=True))
+        await d.submit("poison", 10)
+        for index in range(count - 1):
+            await d.submit(f"good {index}", 10)
+        ends = await d.all_ended()
+        assert ends.pop("poison") == "encode_failed"
+        assert set(ends.values()) <= {"ok"}
+        assert d.sent.count(["poison"]) in (4, 5)
 
     run(scenario)
 
@@ -283,9 +320,10 @@ def test_what_is_refused_for_ending_the_ranks_keeps_its_room_until_they_are_gone
         d.engine.recover()
         await settle()
         d.engine.lose()
-        assert await d.ended("poison") == "encode_failed"
+        await settle()
         assert d.arena.used > 0
         d.engine.recover()
+        assert await d.ended("poison") == "encode_failed"
         await settle()
         assert d.arena.used == 0
 
@@ -358,10 +396,10 @@ def test_probes_alone_are_not_traffic() -> None:
     async def scenario(d: Desk) -> None:
         await d.submit("probe", 10, reserved=True)
         await settle()
-        assert (d.batcher.in_flight, d.batcher.traffic_in_flight) == (1, 0)
+        assert (d.batcher.in_flight, d.batcher.works[0].traffic) == (1, 0)
         await d.submit("a", 10)
         await settle()
-        assert (d.batcher.in_flight, d.batcher.traffic_in_flight) == (2, 1)
+        assert (d.batcher.in_flight, d.batcher.works[0].traffic) == (2, 1)
         for batch in d.engine.open:
             batch.end()
         await d.all_ended()

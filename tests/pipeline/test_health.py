@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from copy import copy
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,6 +33,8 @@ class House:
         self.encodes = self.waiting = 0
         self.gate = asyncio.Event()  # encodes wait for it
         self.gate.set()
+        self.encoded_by: list[int | None] = []
+        self.hanging: set[int | None] = set()  # groups whose encodes do not end
         self.error: Exception | None = None
         self.values = np.ones((2, 3), np.float32)
         self.engine = SimpleNamespace(
@@ -40,7 +44,9 @@ class House:
         self.engine.limit_s = lambda: self.engine.limit
         self.preparers = SimpleNamespace(states=["idle"], restarts=0, oldest=None)
         self.preparers.oldest_s = lambda: self.preparers.oldest
-        self.batcher = SimpleNamespace(queued=0, in_flight=0, traffic_in_flight=0)
+        self.work = SimpleNamespace(traffic=0, running={})
+        self.batcher = SimpleNamespace(queued=0, in_flight=0, works=[self.work])
+        self.engine.groups = [self.engine]
         parts = (cast(Any, part) for part in (self, self.engine, self.preparers, self.batcher))
         self.probe = HealthProbe(*parts, MEDIA, stall_s=60.0)
 
@@ -48,6 +54,9 @@ class House:
         """The pipeline's."""
         assert route.express and route.cache is None
         self.encodes += 1
+        self.encoded_by.append(route.group)
+        if route.group in self.hanging:
+            await asyncio.Event().wait()
         self.waiting += 1
         await self.gate.wait()
         self.waiting -= 1
@@ -68,6 +77,19 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """For encodes that do not end: nobody wants to wait 1.5 s for that."""
     monkeypatch.setattr(health, "ANSWER_S", 0.03)
     monkeypatch.setattr(health, "RECENT_S", -60.0)
+
+
+def several(house: House, count: int) -> list[Any]:
+    """Have the house hold so many groups; their stand-ins."""
+    groups = [copy(house.engine) for _ in range(count)]
+    for group in groups:
+        group.forward_age_s = partial(getattr, group, "age")
+        group.limit_s = partial(getattr, group, "limit")
+    house.engine.groups = groups
+    house.batcher.works = [SimpleNamespace(traffic=0, running={}) for _ in groups]
+    parts = (cast(Any, part) for part in (house, house.engine, house.preparers, house.batcher))
+    house.probe = HealthProbe(*parts, MEDIA, stall_s=60.0)
+    return groups
 
 
 def run(scenario: Callable[[House], Awaitable[None]]) -> None:
@@ -135,7 +157,7 @@ def test_an_encode_behind_other_work_is_judged_by_that_work(impatient: None) -> 
     async def scenario(house: House) -> None:
         house.gate.clear()
         assert not await house.healthy()
-        house.batcher.traffic_in_flight = 1
+        house.work.traffic = 1
         house.engine.age, house.engine.limit = 1.0, 5.0
         assert await house.healthy()
         house.engine.age = 6.0
@@ -212,5 +234,60 @@ def test_a_prober_that_leaves_does_not_end_the_encode_of_others() -> None:
         leaver.cancel()
         house.gate.set()
         assert await stayer and house.encodes == 2
+
+    run(scenario)
+
+
+def told(verdict: health.Verdict) -> dict[int, Any]:
+    """What a verdict says of each group."""
+    return {index: (group["status"], group["reason"]) for index, group in cast(Any, verdict.document["groups"]).items()}
+
+
+def test_each_of_several_groups_encodes_for_itself() -> None:
+    async def scenario(house: House) -> None:
+        several(house, 3)
+        verdict = await house.probe.check()
+        assert verdict.healthy and sorted(cast(list[int], house.encoded_by)) == [0, 0, 1, 1, 2, 2]
+        assert told(verdict) == dict.fromkeys(range(3), ("healthy", "encoded"))
+        assert verdict.document["ranks"] == {"0.0": "ready", "1.0": "ready", "2.0": "ready"}
+
+    run(scenario)
+
+
+def test_one_group_that_encodes_makes_the_server_healthy(impatient: None) -> None:
+    async def scenario(house: House) -> None:
+        groups = several(house, 3)
+        groups[0].ready, groups[0].reason = False, "rank 0 exited with SIGKILL"
+        house.hanging.add(1)
+        verdict = await house.probe.check()
+        assert verdict.healthy and verdict.document["reason"] == "encoded"
+        assert told(verdict)[0] == ("unhealthy", "rank 0 exited with SIGKILL")
+        assert told(verdict)[1][0] == "unhealthy" and "did not end" in told(verdict)[1][1]
+        house.hanging.add(2)
+        assert not await house.healthy()
+
+    run(scenario)
+
+
+def test_a_busy_group_is_judged_by_its_own_progress() -> None:
+    async def scenario(house: House) -> None:
+        groups = several(house, 2)
+        groups[0].age, groups[0].limit = 6.0, 5.0
+        groups[1].age, groups[1].limit = 1.0, 5.0
+        verdict = await house.probe.check()
+        assert verdict.healthy and verdict.document["reason"] == "encoding"
+        assert "expected within 5.0 s" in told(verdict)[0][1]
+        groups[1].age = 7.0
+        assert not await house.healthy()
+
+    run(scenario)
+
+
+def test_a_group_is_proven_by_encoding_on_it() -> None:
+    async def scenario(house: House) -> None:
+        several(house, 2)
+        assert await house.probe.prove(1) == "" and set(house.encoded_by) == {1}
+        house.values[0, 0] = np.nan
+        assert "not finite" in await house.probe.prove(0)
 
     run(scenario)

@@ -121,9 +121,23 @@ def test_bytes_that_were_declared_and_did_not_come_let_the_next_one_in() -> None
         first = await d.visit(nbytes=900)
         second = await d.visit(nbytes=900)
         assert first.ticket and not second.inside
-        first.ticket.weigh(nbytes=-890)
+        first.ticket.settle(10)
         await turn()
         assert second.inside
+
+    run(scenario, requests=10)
+
+
+def test_bytes_that_did_not_come_let_a_body_grow_that_waits() -> None:
+    async def scenario(d: Door) -> None:
+        first = await d.visit(nbytes=600)
+        second = await d.visit(nbytes=10)
+        growing = asyncio.create_task(second.ticket.grow(800))
+        await turn()
+        assert not growing.done()
+        first.ticket.settle(100)
+        async with asyncio.timeout(10):
+            await growing
 
     run(scenario, requests=10)
 

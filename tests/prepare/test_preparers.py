@@ -124,6 +124,26 @@ def test_overtime_is_too_large_and_spares_the_neighbours(run: Run) -> None:
     run(scenario)
 
 
+def test_a_copy_that_stalls_does_not_take_back_the_verdict_about_a_slow_decode(run: Run) -> None:
+    async def scenario(k: Kitchen) -> None:
+        never, slow_copy = k.gate("never"), k.tmp / "slow_copy"
+        slow = k.begin(f"x {never}")
+        await never.reached()
+        slow_copy.touch()
+        copying = k.begin("c")
+        await until(Path(f"{slow_copy}.begun").exists)
+        k.shift_back(f"x {never}", 46.0)
+        k.shift_back("c", 46.0)
+        with pytest.raises(TooLarge, match="takes longer than 30 s"):
+            await slow
+        slow_copy.unlink()
+        assert await copying == b"c" * 256
+        await until(lambda: k.preparers.restarts == 1)
+        assert k.metrics.preparer_restarts["overtime"]._value.get() == 1
+
+    run(scenario)
+
+
 def test_a_stopped_process_is_replaced_and_its_items_are_prepared(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparers, "IDLE_S", 0.2)
 

@@ -33,7 +33,7 @@ def test_a_process_beside_others_on_its_core_is_starved_and_a_stopped_one_is_not
             assert active_seconds(pid) > active + 0.3
 
             os.kill(pid, signal.SIGSTOP)
-            await asyncio.sleep(0.05)
+            await until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
             before, active = waited(pid), active_seconds(pid)
             await asyncio.sleep(0.2)
             assert starved_seconds(pid, before) == 0 and active_seconds(pid) == active

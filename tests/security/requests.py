@@ -29,8 +29,3 @@ def raw(server) -> Iterator[socket.socket]:
     host, port = server.base_url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         yield connection
-
-
-def metric(server, name: str) -> float:
-    lines = httpx.get(server.base_url + "/metrics").text.splitlines()
-    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), 0.0)

@@ -15,7 +15,7 @@ from encode_server.delivery.undelivered import Undelivered
 from encode_server.errors import TooBusy, TooLarge
 from encode_server.runtime import bodies
 from tests.live import eventually
-from tests.security.requests import encode, item, metric, raw
+from tests.security.requests import encode, item, raw
 
 MIB = 1 << 20
 
@@ -29,7 +29,7 @@ def test_one_cached_image_many_times_is_charged_before_it_is_answered(server):
     refused = encode(server, [large] * many)
     assert refused.status_code == 413 and "several requests" in refused.json()["message"]
     assert len(refused.content) < 1000
-    assert eventually(lambda: metric(server, "encode_undelivered_bytes") == 0, 10)
+    assert eventually(lambda: server.metric("encode_undelivered_bytes") == 0, 10)
 
 
 def test_undelivered_has_no_exception():
@@ -59,7 +59,7 @@ def test_a_slow_reader_keeps_its_share_only_and_is_logged_truly(server):
     with raw(server) as connection:
         connection.sendall(b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-        assert eventually(lambda: metric(server, "encode_undelivered_bytes") > 8 * MIB, 10)
+        assert eventually(lambda: server.metric("encode_undelivered_bytes") > 8 * MIB, 10)
         transport = httpx.HTTPTransport(local_address="127.0.0.2")
         with httpx.Client(transport=transport, timeout=60) as other:
             fields = {"modality": "image", "mm_items": [large] * (3 * MIB // size)}
@@ -73,7 +73,7 @@ def test_a_slow_reader_keeps_its_share_only_and_is_logged_truly(server):
                 break
         found = server.wait_for_log(r"req=slow .*outcome=(\w+)", 10)
         assert found[1] in ("delivery_failed", "gone"), found[0]
-    assert eventually(lambda: metric(server, "encode_undelivered_bytes") == 0, 10)
+    assert eventually(lambda: server.metric("encode_undelivered_bytes") == 0, 10)
 
 
 def test_a_rate_counts_only_the_time_in_which_the_client_is_waited_for(monkeypatch):

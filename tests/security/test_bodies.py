@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from encode_server.errors import EncodeError, TooBusy
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.runtime import bodies
+from encode_server.telemetry.metrics import Metrics
 from tests.security.listener import app, listening
 from tests.security.requests import encode, raw
 
@@ -69,6 +70,11 @@ def test_what_is_declared_keeps_nobody_out(server):
         for _ in range(32):
             stack.enter_context(raw(server)).sendall(BODY % (128 * MIB))
         assert [encode(server).status_code for _ in range(10)] == [200] * 10
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=9\xff", "text/plain;version=a.b.c"])
+def test_metrics_are_given_whatever_the_version_asked_for(accept):
+    assert b"encode_requests_in_progress" in Metrics().render(accept)[0]
 
 
 def test_bodies_are_charged_as_they_grow():

@@ -58,14 +58,14 @@ def test_the_worst_case_is_the_sum_of_its_parts_and_follows_the_options(monkeypa
 
 
 def test_a_control_groups_memory_counts(tmp_path):
-    group = tmp_path / "sys/fs/cgroup/a/b"
+    proc, mount = tmp_path / "cgroup", tmp_path / "mount"
+    group = mount / "a/b"
     group.mkdir(parents=True)
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    proc.write_text("0::/a/b\n")
     (group / "memory.max").write_text("max\n")
-    assert memory.available(tmp_path) > 1 << 20
+    assert memory.available(proc, mount) > 1 << 20
     (group.parent / "memory.max").write_text("1048576\n")
-    assert memory.available(tmp_path) == 1 << 20
+    assert memory.available(proc, mount) == 1 << 20
 
 
 def test_the_command_explains(capsys):

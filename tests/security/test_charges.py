@@ -165,7 +165,7 @@ def test_a_failed_request_leaves_nothing_for_the_collector(failure):
         pools.close()
         return weakref.ref(media)
 
-    async def _ready():
+    async def _ready(group=None):
         return SimpleNamespace(dtype="float32", dims={Modality.IMAGE: 1})
 
     async def check():

@@ -120,7 +120,7 @@ def test_informational_responses_without_end_are_an_error():
         began = time.monotonic()
         with pytest.raises(BadMedia, match="cannot be fetched"):
             await source.fetch(f"http://127.0.0.1:{port}/x")
-        assert time.monotonic() - began < 2.5 and turns > 10
+        assert time.monotonic() - began < 20 and turns > 10
         beside.cancel()
 
     fetcher(body)

@@ -1,16 +1,14 @@
-"""Honest load beside strangers who try everything, with a bound on memory: `-m soak`, `SOAK_S` seconds (600)."""
+"""Honest load beside strangers who try everything, within a limit of memory: `-m soak`, `SOAK_S` seconds (600)."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import random
-import socket
 import statistics
-import threading
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 import httpx
@@ -18,9 +16,10 @@ import pytest
 
 from encode_server.memory import worst_case
 from encode_server.settings import load_settings
-from tests.live import LiveServer
+from tests.live import CPU, LiveServer, eventually
 from tests.media.web_server import web_server
-from tests.security.requests import item, raw
+from tests.security.attackers import ATTACKS, attacked, listener_of_nothing
+from tests.security.requests import item
 
 OPTIONS = {
     "max_inflight_mb": "512",
@@ -33,153 +32,113 @@ OPTIONS = {
     "max_connections": "512",
     "send_timeout_s": "5",
 }
-STRANGER, HONEST = "127.0.0.3", "127.0.0.2"
+HONEST = "127.0.0.2"
+GROUPS = Path("/sys/fs/cgroup")
 
 
-def _connect(server: LiveServer) -> socket.socket:
-    host, port = server.base_url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=10, source_address=(STRANGER, 0))
-
-
-def _headers(server: LiveServer, rng: random.Random) -> None:
-    with _connect(server) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\n")
-        for _ in range(rng.randrange(4000)):
-            connection.sendall(rng.choice([b"a: b\r\n" * 200, b"X" * 4000]))
-
-
-def _pipelined(server: LiveServer, rng: random.Random) -> None:
-    with _connect(server) as connection:
-        for _ in range(200):
-            connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
-
-
-def _declared(server: LiveServer, rng: random.Random) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(30):
-            head = b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: 134217728\r\n\r\n{"
-            stack.enter_context(_connect(server)).sendall(head)
-        time.sleep(rng.random() * 8)
-
-
-def _large(server: LiveServer, rng: random.Random) -> None:
-    """An answer of some 60 MB that is read slowly, or not."""
-    body = json.dumps({"modality": "image", "mm_items": [item(784, 784, 1)] * rng.choice([60, 256])}).encode()
-    with _connect(server) as connection:
-        connection.sendall(b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        for _ in range(rng.randrange(40)):
-            connection.recv(10_000)
-            time.sleep(0.1)
-
-
-def _idle(server: LiveServer, rng: random.Random) -> None:
-    with contextlib.ExitStack() as stack:
-        for _ in range(600):
-            stack.enter_context(_connect(server))
-        time.sleep(rng.random() * 2)
-
-
-def _bodies(server: LiveServer, rng: random.Random) -> None:
-    with _connect(server) as connection:
-        connection.sendall(b"POST /encode HTTP/1.1\r\nHost: x\r\nContent-Length: 134217728\r\n\r\n")
-        for _ in range(128):
-            connection.sendall(bytes(1 << 20))
-
-
-def _strings(server: LiveServer, rng: random.Random) -> None:
-    transport = httpx.HTTPTransport(local_address=STRANGER)
+def _honest(base_url: str, seconds: float, seed: int) -> tuple[list[float], list[str]]:
+    """One request after the other, from an address of its own: how long each took, and what was refused."""
+    took, lost = [], []
+    ends = time.monotonic() + seconds
+    transport = httpx.HTTPTransport(local_address=HONEST)
     with httpx.Client(transport=transport, timeout=30) as client:
-        fields = {"modality": "image", "mm_items": [{"url": "AAAA", "uuid": "u" * 20_000_000}]}
-        client.post(server.base_url + "/encode", json=fields)
+        number = 0
+        while time.monotonic() < ends:
+            number += 1
+            fields = {"modality": "image", "mm_items": [item(56 + number % 50, 56 + number // 50 % 50, seed)]}
+            began = time.monotonic()
+            answer = client.post(base_url + "/encode", json=fields)
+            took.append(time.monotonic() - began)
+            if answer.status_code != 200:
+                lost.append(answer.text)
+            time.sleep(0.02)
+    return took, lost
 
 
-def _fetches(port: int) -> Callable[[LiveServer, random.Random], None]:
-    def fetch(server: LiveServer, rng: random.Random) -> None:
-        urls = [f"http://127.0.0.1:{port}/{rng.choice(['trickle', 'endless', 'silence'])}/{n}" for n in range(100)]
-        transport = httpx.HTTPTransport(local_address=STRANGER)
-        with httpx.Client(transport=transport, timeout=30) as client:
-            client.post(server.base_url + "/encode", json={"modality": "image", "mm_items": urls, "timeout_s": 10})
-
-    return fetch
+def honest(server: LiveServer, seconds: float, seed: int) -> tuple[list[float], list[str]]:
+    """`_honest` in a process of its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_honest, (server.base_url, seconds, seed))
 
 
-def _resident(server: LiveServer) -> int:
-    """Proportional bytes of all processes of the server."""
-    total = 0
-    for pid in (server.front_pid(), server.forkserver_pid(), *server.preparer_pids()):
+def p99(took: list[float]) -> float:
+    return statistics.quantiles(took, n=100)[98]
+
+
+@contextlib.contextmanager
+def memory_group(nbytes: int) -> Iterator[Path | None]:
+    """A control group with a limit of memory, where this process may make one."""
+    version2 = (GROUPS / "cgroup.controllers").exists()
+    group = (GROUPS if version2 else GROUPS / "memory") / f"soak-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.max" if version2 else "memory.limit_in_bytes")).write_text(str(nbytes))
+    except OSError:
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-    return total
+            group.rmdir()
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        assert eventually(lambda: not (group / "cgroup.procs").read_text(), 30)
+        group.rmdir()
 
 
-class _Honest:
-    """One request after the other, from an address of its own."""
+def killed(group: Path) -> int:
+    """How many processes the kernel ended for want of memory."""
+    events = group / "memory.events"
+    text = (events if events.exists() else group / "memory.oom_control").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
 
-    def __init__(self, server: LiveServer) -> None:
-        self._server = server
-        self.seconds: list[float] = []
-        self.lost: list[str] = []
 
-    def run(self, seconds: float, seed: int) -> float:
-        """For so long; the 99th percentile."""
-        self.seconds.clear()
-        ends = time.monotonic() + seconds
-        transport = httpx.HTTPTransport(local_address=HONEST)
-        with httpx.Client(transport=transport, timeout=30) as client:
-            number = 0
-            while time.monotonic() < ends:
-                number += 1
-                fields = {"modality": "image", "mm_items": [item(56 + number % 50, 56 + number // 50 % 50, seed)]}
-                began = time.monotonic()
-                answer = client.post(self._server.base_url + "/encode", json=fields)
-                self.seconds.append(time.monotonic() - began)
-                if answer.status_code != 200:
-                    self.lost.append(answer.text)
-                time.sleep(0.02)
-        return statistics.quantiles(self.seconds, n=100)[98]
+@contextlib.contextmanager
+def limited_server(checkpoint: Path, tmp: Path, nbytes: int, *options: str) -> Iterator[tuple[LiveServer, Path | None]]:
+    """A server that, with its processes, has so much memory; without control groups, each process has so much."""
+    serve = [sys.executable, "-m", "encode_server.cli", "serve", str(checkpoint), *CPU, *options]
+    with memory_group(nbytes) as group:
+        first = f"ulimit -v {nbytes >> 10}" if group is None else f"echo $$ > {group}/cgroup.procs"
+        command = ["sh", "-c", f'{first} && exec "$@"', "sh", *serve]
+        with LiveServer(checkpoint, tmp, command=command) as live:
+            yield live.healthy(), group
+
+
+def test_nobody_honest_is_lost_beside_strangers(server):
+    """For a moment. How long requests take is measured by `-m soak`."""
+    with web_server() as web, attacked(int(server.base_url.rpartition(":")[2]), web.port):
+        took, lost = honest(server, 2, 1)
+    assert took and not lost, lost[:3]
+    assert server.process.poll() is None
+    assert httpx.get(server.base_url + "/livez", timeout=30).status_code == 200
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_honest_clients_beside_strangers(checkpoint, tmp_path):
     seconds = float(os.environ.get("SOAK_S", "600"))
+    only = [name for name in os.environ.get("SOAK_ONLY", "").split(",") if name] or list(ATTACKS)
     bound = sum(part.nbytes for part in worst_case(load_settings(OPTIONS))) // 2
     options = [text for name, value in OPTIONS.items() for text in ("--" + name.replace("_", "-"), value)]
-    with LiveServer(checkpoint, tmp_path / "s", *options, "--media-allow", "127.0.0.1") as live, web_server() as web:
-        server, over = live.healthy(), threading.Event()
-        honest = _Honest(server)
-        alone = honest.run(min(10, seconds / 4), 1)
-        attacks = [_headers, _pipelined, _declared, _large, _idle, _bodies, _strings, _fetches(web.port)]
-
-        def attack(what: Callable[[LiveServer, random.Random], None], seed: int) -> None:
-            rng = random.Random(seed)
-            while not over.is_set():
-                with contextlib.suppress(OSError, httpx.HTTPError):
-                    what(server, rng)
-                time.sleep(0.2)
-
-        threads = [threading.Thread(target=attack, args=(what, n), daemon=True) for n, what in enumerate(attacks)]
-        most = 0
-
-        def watch() -> None:
-            nonlocal most
-            while not over.wait(0.5):
-                most = max(most, _resident(server))
-
-        threads.append(threading.Thread(target=watch, daemon=True))
-        for thread in threads:
-            thread.start()
-        beside = honest.run(seconds, 2)
-        over.set()
+    options += ["--media-allow", "127.0.0.1"]
+    with web_server() as web, limited_server(checkpoint, tmp_path / "s", bound, *options) as (server, group):
+        port = int(server.base_url.rpartition(":")[2])
+        alone, lost_alone = honest(server, min(10, seconds / 4), 1)
+        with listener_of_nothing() as nothing, attacked(nothing, web.port, only):
+            time.sleep(2)
+            elsewhere, _ = honest(server, min(20, seconds / 4), 2)
+        with attacked(port, web.port, only):
+            beside, lost = honest(server, seconds, 3)
+        used = (group / "memory.max_usage_in_bytes") if group is not None else None
+        most = f"{int(used.read_text()) >> 20}" if used is not None and used.exists() else "?"
         print(
-            f"\nhonest p99 {alone * 1000:.0f} ms alone, {beside * 1000:.0f} ms beside strangers, {len(honest.seconds)} "
-            f"requests, {len(honest.lost)} lost; at most {most >> 20} MiB of {bound >> 20}"
+            f"\nhonest p99: {p99(alone) * 1000:.0f} ms alone, {p99(elsewhere) * 1000:.0f} ms while strangers attack "
+            f"another listener on these cores, {p99(beside) * 1000:.0f} ms beside them; median "
+            f"{statistics.median(alone) * 1000:.0f}, {statistics.median(elsewhere) * 1000:.0f}, "
+            f"{statistics.median(beside) * 1000:.0f}; {len(beside)} requests, {len(lost)} lost; "
+            f"at most {most} of {bound >> 20} MiB"
         )
-        assert not honest.lost, honest.lost[:3]
-        assert server.process.poll() is None and most < bound
-        for thread in threads:
-            thread.join(60)
-        with raw(server) as connection:
-            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert not lost and not lost_alone, lost[:3]
+        assert server.process.poll() is None
+        assert group is None or not killed(group)
+        assert httpx.get(server.base_url + "/livez", timeout=30).status_code == 200
+        assert p99(beside) < 2 * max(p99(alone), p99(elsewhere))

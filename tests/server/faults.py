@@ -13,9 +13,9 @@ from tests.live import LiveServer
 FAULTS = str(Path(__file__).parents[2] / "benchmarks" / "faults")
 
 
-def start(checkpoint, tmp, *options, faults=True):
+def start(checkpoint, tmp, *options, faults=True, environment=None):
     """A server without a cache; with `faults` it takes those of benchmarks/faults."""
-    environment = {"PYTHONPATH": FAULTS} if faults else {}
+    environment = environment or ({"PYTHONPATH": FAULTS} if faults else {})
     return LiveServer(checkpoint, tmp, "--cache-gb", "0", *options, environment=environment)
 
 

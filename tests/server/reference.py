@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
-    AutoVideoProcessor,
+    AutoProcessor,
     Qwen2_5OmniThinkerForConditionalGeneration,
     WhisperFeatureExtractor,
 )
@@ -25,7 +25,7 @@ class OmniReference:
     def __init__(self, path: Path) -> None:
         self._model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
         self._images = AutoImageProcessor.from_pretrained(path)
-        self._videos = AutoVideoProcessor.from_pretrained(path)
+        self._processor = AutoProcessor.from_pretrained(path)
         self._audio = WhisperFeatureExtractor.from_pretrained(path)
 
     @torch.inference_mode()
@@ -42,7 +42,12 @@ class OmniReference:
             rate = float(stream.average_rate)
             frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
         metadata = {"total_num_frames": len(frames), "fps": rate, "duration": len(frames) / rate}
-        inputs = self._videos(videos=[frames], video_metadata=[metadata], return_tensors="pt")
+        inputs = self._processor(
+            text=[self._processor.video_token],
+            videos=[frames],
+            videos_kwargs={"video_metadata": [metadata]},
+            return_tensors="pt",
+        )
         features = self._model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
         return torch.cat(list(features.pooler_output)).numpy()
 

@@ -43,7 +43,7 @@ def test_each_modality_equals_transformers(any_tp, reference):
 
 
 def test_requests_batched_together_get_their_own_rows(any_tp, reference, picture):
-    """Many requests at once, of several sizes and one to three items, so that batches mix them."""
+    """Many requests concurrently, of several sizes and one to three items, so that batches mix them."""
     sizes = [(56, 56), (112, 84), (300, 200), (28, 140), (224, 224)]
     requests = [[picture(*sizes[(i + k) % 5], seed=i * 10 + k) for k in range(1 + i % 3)] for i in range(24)]
 

@@ -91,7 +91,7 @@ def test_nothing_is_kept_after_errors(server, picture):
     """Every arena slot comes back: whatever the tests before this one did, and who leaves in the middle."""
 
     def used() -> float:
-        return metric(server, "encode_arena_used_bytes")
+        return server.metric("encode_arena_used_bytes")
 
     async def leave(seed: int) -> bool:
         """Whether it had an arena slot; the answer may be quicker than the look."""
@@ -137,12 +137,12 @@ def test_a_form_does_not_choose_its_codec(server, picture):
     ],
     ids=["long file URL", "many items", "long modality", "long host"],
 )
-def test_what_would_be_slow_to_refuse_is_refused_at_once(server, picture, change, status):
+def test_what_would_be_slow_to_refuse_is_refused_immediately(server, picture, change, status):
     answer = post(server, image_body(picture(28, 28)) | change)
     assert answer.status_code == status and len(answer.content) < 1000
 
 
-def test_pictures_are_not_enlarged_beyond_what_is_encoded(server, picture):
+def test_images_are_not_enlarged_beyond_what_is_encoded(server, picture):
     item = {"url": base64.b64encode(picture(28, 28)).decode(), "min_pixels": 60_000_000}
     answer = post(server, {"mm_items": [item], "modality": "image"})
     assert answer.status_code == 413 and "min_pixels" in answer.json()["message"]
@@ -158,13 +158,8 @@ def test_who_hangs_up_while_sending_is_counted_as_gone(server):
             connection.sendall(b"Content-Length: 100000\r\n\r\n{")
     assert eventually(lambda: gone(server) == before + 3)
     assert "ClientDisconnect" not in server.log
-    assert metric(server, "encode_requests_in_progress") == 0
+    assert server.metric("encode_requests_in_progress") == 0
 
 
 def gone(server) -> float:
-    return metric(server, 'encode_requests_total{modality="unknown",outcome="gone"}')
-
-
-def metric(server, name: str) -> float:
-    lines = httpx.get(server.base_url + "/metrics").text.splitlines()
-    return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), 0.0)
+    return server.metric('encode_requests_total{modality="unknown",outcome="gone"}')

@@ -35,7 +35,10 @@ def test_work_in_flight_survives_the_death_of_a_rank(checkpoint, tmp_path, refer
         assert health.status_code == 503 and health.json()["engine"] in ("restarting", "loading")
         assert all_equal(results, reference, media)
         assert httpx.get(server.base_url + "/health").json()["restarts"] == 1
-        assert '\nencode_group_restarts_total{cause="died"} 1.0\n' in httpx.get(server.base_url + "/metrics").text
+        assert (
+            '\nencode_group_restarts_total{cause="died",group="0"} 1.0\n'
+            in httpx.get(server.base_url + "/metrics").text
+        )
         assert server.terminate() == 0 and server.leftovers() == []
 
 

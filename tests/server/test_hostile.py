@@ -118,14 +118,15 @@ def test_a_client_that_never_reads_its_answer_is_left(locked):
         assert eventually(lambda: "took nothing of its answer" in live.log, 20)
 
 
-def test_two_thousand_damaged_files(server):
+@pytest.mark.parametrize("files", [250, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_files(server, files):
     with httpx.Client(timeout=120) as client:
         seen = {}
-        for modality, data in mutations(2000, seed=11):
+        for modality, data in mutations(files, seed=11):
             answer = client.post(server.base_url + "/encode", data={"modality": modality}, files={"f": ("f", data)})
             seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
             assert answer.status_code in (200, 400, 413), answer.text
-        assert seen.get(400, 0) > 500  # it was damage
+        assert seen.get(400, 0) > files // 4  # it was damage
         assert client.get(server.base_url + "/health").status_code == 200
 
 

@@ -105,11 +105,18 @@ def test_an_unknown_hub_id_ends_the_server_with_one_line(checkpoint):
     assert re.match("encode-server: model 'someone/unknown-model' is neither a directory nor", lines(result)[-1])
 
 
-def test_fewer_gpus_than_ranks_is_one_line(checkpoint):
-    result = run(*SERVE, str(checkpoint), "--device", "cuda", "--port", "0", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ((), "1 GPU is"),
+        pytest.param(("--dp", "2", "--tp", "2"), "4 GPUs are", marks=pytest.mark.slow),
+    ],
+)
+def test_fewer_gpus_than_ranks_is_one_line(checkpoint, options, needed):
+    result = run(*SERVE, str(checkpoint), "--device", "cuda", *options, "--port", "0", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1] == (
-        "encode-server: rank 0 needs GPU 0, found 0: lower --tp or set --device cpu"
+        f"encode-server: {needed} needed, found 0 (CUDA_VISIBLE_DEVICES=): lower --dp or --tp, or set --device cpu"
     )
 
 

@@ -36,7 +36,7 @@ def status(server: LiveServer, path: str) -> int:
 
 
 def test_it_says_what_it_is_and_drains_before_it_leaves(checkpoint, tmp_path, picture, systemd):
-    options = ["--api-keys", "very-secret", "--drain-s", "3"]
+    options = ["--api-keys", "very-secret", "--drain-s", "60"]
     environment = {"NOTIFY_SOCKET": systemd.getsockname(), "ENCODE_SERVER_PREPROC_WORKER": "3"}
     with LiveServer(checkpoint, tmp_path / "s", *options, environment=environment) as server:
         server.healthy()
@@ -47,7 +47,7 @@ def test_it_says_what_it_is_and_drains_before_it_leaves(checkpoint, tmp_path, pi
         info = httpx.get(server.base_url + "/server_info", headers=KEY, timeout=10)
         document = info.json()
         assert document["version"] == __version__ and document["state"] == "ready"
-        assert document["settings"]["api_keys"] == 1 and document["settings"]["drain_s"] == 3
+        assert document["settings"]["api_keys"] == 1 and document["settings"]["drain_s"] == 60
         assert document["packages"]["torch"] and document["encoder"]["dtype"] == "float32"
         assert "very-secret" not in info.text and "drain_s" in document["given"]
 
@@ -56,7 +56,17 @@ def test_it_says_what_it_is_and_drains_before_it_leaves(checkpoint, tmp_path, pi
         assert status(server, "/health") == 503 and status(server, "/livez") == 200
         assert encode(server, picture(56, 56, 1)) == 200, "until the load balancer has noticed, requests still come"
         assert systemd.recv(100) == b"STOPPING=1"
-        assert server.process.wait(60) == 0 and server.leftovers() == []
+        time.sleep(0.6)
+        server.process.send_signal(signal.SIGTERM)  # the operator has seen enough
+        server.process.wait(30)
+        assert eventually(lambda: server.leftovers() == [], 10)
+
+
+def test_a_drain_ends_by_itself(checkpoint, tmp_path):
+    with LiveServer(checkpoint, tmp_path / "s", "--drain-s", "1") as server:
+        server.healthy()
+        assert server.terminate(60) == 0 and server.leftovers() == []
+        assert "requests are taken for 1 s more" in server.log
 
 
 def test_a_second_signal_does_not_wait_for_the_drain(checkpoint, tmp_path):

@@ -40,7 +40,7 @@ def listed() -> dict[str, tuple[str, set[str]]]:
 
 
 def exposed(metrics: Metrics) -> dict[str, tuple[str, set[str]]]:
-    metrics.show_ranks([True])
+    metrics.show_ranks(0, [True])
     metrics.show_preparers([True])
     return {
         family.name + ("_total" if family.type == "counter" else ""): (

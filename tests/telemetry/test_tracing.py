@@ -20,6 +20,8 @@ from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.request_ids import RequestIds
 from encode_server.telemetry.tracing import Tracing, describe_request, fastapi_telemetry, otlp_tracing, recorded_context
 from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import Done
+from tests.pipeline.engine_standin import StandInEngine
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = "00f067aa0ba902b7"
@@ -88,21 +90,11 @@ def test_probes_and_servers_without_tracing_leave_no_span(traced):
 def test_a_batch_links_to_its_requests_and_they_to_it(traced):
     tracing, spans = traced
 
-    class Ranks:
-        ready = True
-        info = SimpleNamespace(at_once=1, batch_cost=0)
-
-        async def wait_ready(self) -> object:
-            return self.info
-
-        async def forward(self, modality, items, expected_s=None):
-            return [SimpleNamespace(error="", out_of_memory=False, forward_s=0.01)]
-
     class Item(SimpleNamespace):
         __hash__ = object.__hash__
 
     def job(recorded: bool) -> Item:
-        made = Item(modality=Modality.IMAGE, client="a", reserved=False, abandoned=False, batches=[])
+        made = Item(modality=Modality.IMAGE, client="a", reserved=False, abandoned=False, batches=[], group=None)
         made.deadline, made.done, made.trace = time.monotonic() + 60, asyncio.Event(), None
         made.began, made.ended = lambda piece: None, lambda piece, error, forward_s: made.done.set()
         made.pieces = [SimpleNamespace(job=made, item=None, cost=10, pairs=0, failures=0)]
@@ -113,7 +105,9 @@ def test_a_batch_links_to_its_requests_and_they_to_it(traced):
 
     async def forward() -> list[Item]:
         jobs = [job(True), job(True), job(False)]
-        batcher = Batcher(Ranks(), dict.fromkeys(Modality, 1000), Metrics(), tracing)
+        ranks = StandInEngine()
+        ranks.rule = lambda batch: Done(0, 0, forward_s=0.01)
+        batcher = Batcher(ranks, dict.fromkeys(Modality, 1000), Metrics(), tracing)
         for one in jobs:
             batcher.submit(one)
         running = asyncio.create_task(batcher.run())

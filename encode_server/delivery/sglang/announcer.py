@@ -7,11 +7,11 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from urllib.parse import urlsplit
 
 import httpx
 
 from encode_server.errors import StartupError
+from encode_server.runtime.urls import port_of, split_server_url
 
 log = logging.getLogger(__name__)
 
@@ -108,20 +108,16 @@ def advertised_host(advertise_host: str | None, listen_host: str) -> str | None:
 
 def _checked(url: str) -> str:
     try:
-        parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        split_server_url(url)
     except ValueError:
-        sound = False
-    if not sound:
-        raise StartupError(f"--register-url: got {url!r}, takes http://host:port")
+        raise StartupError(f"--register-url: got {url!r}, takes http://host:port") from None
     return url.rstrip("/")
 
 
 async def _address_towards(url: str) -> str:
     """The address that packets from this host to the URL's carry; nothing is sent."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port, type=socket.SOCK_DGRAM)
+    parts = split_server_url(url)
+    found = await asyncio.get_running_loop().getaddrinfo(parts.hostname, port_of(parts), type=socket.SOCK_DGRAM)
     family, kind, proto, _, address = found[0]
     with socket.socket(family, kind, proto) as probe:
         probe.connect(address)

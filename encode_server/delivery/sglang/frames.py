@@ -17,6 +17,8 @@ from encode_server.wire.modality import Modality
 from encode_server.wire.pickles import PROTOCOL, program
 from encode_server.wire.preparers import Pickled
 
+SGLANG_TIMEOUT_S = 170.0  # below the 180 s after which SGLang's prefill gives up: there an error answer is worse
+
 MODALITY_VALUES = {Modality.IMAGE: 1, Modality.VIDEO: 2, Modality.AUDIO: 3}
 
 

@@ -77,6 +77,18 @@ class Family(ABC):
     ) -> list[torch.Tensor]:
         """Encode a batch: one [tokens, dim] tensor per item, on `device`."""
 
+    class_token = False
+    """Whether the first row of an item is that of a class token."""
+
+    def pooled_dims(self, model: nn.Module) -> dict[Modality, int]:
+        """Width of the one vector that the model itself makes for an item; modalities without such a vector are left
+        out."""
+        return {}
+
+    def pooled(self, model: Any, modality: Modality, items: Sequence[Item], device: torch.device) -> list[torch.Tensor]:
+        """That vector of each item of a batch: one [1, width] tensor per item, on `device`."""
+        raise NotImplementedError
+
     # What preparers call. `options` are keyword arguments for the checkpoint's own processor.
 
     def load_processor(self, modality: Modality) -> Any:

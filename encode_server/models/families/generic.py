@@ -80,8 +80,7 @@ class Generic(Family):
 
     def sampling(self, processor: Any) -> dict[str, Any]:
         # As the processor's own `preprocess` calls `sample_frames`.
-        settings = {name: getattr(processor, name, None) for name in processor.valid_kwargs.__annotations__}
-        return settings | self.media.defaults(Modality.VIDEO)
+        return {name: getattr(processor, name, None) for name in processor.valid_kwargs.__annotations__}
 
     def sizes_freely(self, processor: Any) -> bool:
         size = getattr(processor, "size", None) or {}

@@ -15,6 +15,7 @@ from encode_server.models.families.base import Item, without_language_model
 from encode_server.models.families.qwen_vl import QwenVision, vision_dim
 from encode_server.models.families.whisper import pad_to_one_token, padded_length, pooled_length
 from encode_server.models.prepared import Prepared
+from encode_server.models.transfer import to_device
 from encode_server.wire.modality import Modality
 
 
@@ -81,9 +82,9 @@ class QwenOmni(QwenVision):
             None,
             feature_lens=torch.tensor(lengths),
             padded_feature=padded,
-            chunk_lengths=torch.tensor(chunks).to(device),
-            valid_indices=_valid_indices(segments.lengths).to(device),
-            pool_indices=_pool_indices([(length - 1) // 2 + 1 for length in lengths]).to(device),
+            chunk_lengths=to_device(torch.tensor(chunks), device),
+            valid_indices=to_device(_valid_indices(segments.lengths), device),
+            pool_indices=to_device(_pool_indices([(length - 1) // 2 + 1 for length in lengths]), device),
             cu_seqlens=segments.cu_seqlens,
             max_seqlen=segments.longest,
             segments=(segments,),

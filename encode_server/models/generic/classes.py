@@ -58,6 +58,14 @@ class ModelClass:
         return [self.cls] if inner is None else [self.cls, inner]
 
 
+def placeholders(config: Any, modality: Modality) -> list[int]:
+    """Numbers of the tokens that the model replaces by embeddings of `modality`, the likeliest first."""
+    kinds = [modality, Modality.IMAGE] if modality is Modality.VIDEO else [modality]
+    names = [f"{kind}_{suffix}" for kind in kinds for suffix in ("token_id", "token_index", "patch_id")]
+    found = [getattr(config, name, None) for name in names]
+    return [number for number in found if isinstance(number, int)]
+
+
 def find_class(checkpoint: Checkpoint) -> ModelClass:
     """The class that loads the encoder of `checkpoint`.
 
@@ -68,15 +76,26 @@ def find_class(checkpoint: Checkpoint) -> ModelClass:
     inner = getattr(config, _INNER, None)
     try:
         if (found := class_of(config.model_type)) is not None:
-            return ModelClass(found, config)
+            return _receiving(ModelClass(found, config), checkpoint)
         if inner is not None and (found := class_of(inner.model_type)) is not None:
-            return ModelClass(found, inner, prefix=_INNER.removesuffix("_config") + ".")
+            return _receiving(ModelClass(found, inner, prefix=_INNER.removesuffix("_config") + "."), checkpoint)
     except ImportError as error:
         raise StartupError(f"model {checkpoint.name!r} needs a package: {first_line(error)}") from error
     raise StartupError(
         f"model {checkpoint.name!r}: model_type {checkpoint.model_type!r} is not supported; "
         "its class in transformers gives no image, video or audio features"
     )
+
+
+def _receiving(found: ModelClass, checkpoint: Checkpoint) -> ModelClass:
+    """`found`, if it has a language model that receives rows in place of tokens. Raises StartupError."""
+    if not any(placeholders(found.config, modality) for modality in Modality):
+        raise StartupError(
+            f"model {checkpoint.name!r}: model_type {checkpoint.model_type!r} is not supported; the configuration of "
+            f"{found.cls.__name__} names no token that an image, video or audio takes the place of, so that no rows of "
+            "it can be checked (of models that compare images with text, CLIP and SigLIP are supported)"
+        )
+    return found
 
 
 def _config(content: dict[str, Any], checkpoint: Checkpoint) -> Any:

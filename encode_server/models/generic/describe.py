@@ -30,9 +30,8 @@ def describe(processed: Processed, modality: Modality, processor: Any) -> Prepar
             (tensor.shape[-1] * tensor.shape[0] for tensor in tensors.values() if tensor.dim() == 3), default=cost
         )
     else:
-        cost = max(
-            cost, *(_patches(tensor, processor) for name, tensor in tensors.items() if name.startswith("pixel_values"))
-        )
+        pixels = [tensor for name, tensor in tensors.items() if name.startswith("pixel_values")]
+        cost = max([cost, *(_patches(tensor, processor) for tensor in pixels)])
     return Prepared(
         tensors={**processed.taken(), TOKENS: torch.tensor(processed.tokens)},
         tokens=processed.tokens,

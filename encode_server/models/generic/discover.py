@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from encode_server.models.families.generic import Generic
 
 
-_SPEEDUPS = (Speedup.SEGMENTS, Speedup.PATCHES, Speedup.PACK)
+_SPEEDUPS = tuple(speedup for speedup in Speedup if speedup is not Speedup.ALIGN)
 """All that the CPU can show to be harmless."""
 
 

@@ -13,10 +13,14 @@ import torch
 from encode_server.errors import StartupError, first_line
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.generic import windows
-from encode_server.models.generic.classes import ModelClass
+from encode_server.models.generic.classes import ModelClass, placeholders
+from encode_server.models.processors import class_defaults, settle
 from encode_server.wire.modality import Modality
 
-_ARGUMENT = {Modality.IMAGE: "images", Modality.VIDEO: "videos", Modality.AUDIO: "audio"}
+_MEDIA = {Modality.IMAGE: "images", Modality.VIDEO: "videos", Modality.AUDIO: "audio"}
+"""Names of a processor's arguments for the media."""
+_KWARGS = {Modality.IMAGE: "images_kwargs", Modality.VIDEO: "videos_kwargs", Modality.AUDIO: "audio_kwargs"}
+"""Names of its arguments for options."""
 _PARTS = {
     Modality.IMAGE: ("image_processor",),
     Modality.VIDEO: ("video_processor",),
@@ -29,6 +33,10 @@ _TEXT = frozenset(
     )
 )
 """What a processor makes of the text rather than of the media."""
+
+
+Attempt = tuple[str | None, dict[str, Any]]
+"""A prompt, None for the processor's own, and options beside the caller's."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class MediaProcessor:
         self._processor = load_processor(checkpoint)
         self._config = found.config
         self._taken = {modality: found.names(modality) for modality in Modality}
+        self._worked: dict[Modality, Attempt] = {}
+        for modality in Modality:
+            if (part := self.part(modality)) is not None:
+                settle(part, class_defaults(type(self._processor), modality))
         _serialise(self._processor)
 
     def part(self, modality: Modality) -> Any:
@@ -68,10 +80,6 @@ class MediaProcessor:
             if (part := getattr(self._processor, name, None)) is not None:
                 return part
         return None
-
-    def defaults(self, modality: Modality) -> dict[str, Any]:
-        """What the processor's class sets for its part, over the part's own settings."""
-        return dict(getattr(type(self._processor), f"{_ARGUMENT[modality].removesuffix('s')}s_kwargs", {}))
 
     def __call__(self, modality: Modality, media: Any, options: Mapping[str, Any]) -> Processed:
         """`media`: an RGB image, frames uint8 [n, height, width, 3], or mono samples float32 at the extractor's rate.
@@ -83,27 +91,51 @@ class MediaProcessor:
         """
         if modality is Modality.AUDIO and windows.wanted(self._processor):
             tensors, tokens = windows.split(self.part(modality), self._config, media)
-            [token] = self._tokens(modality)
+            [token] = placeholders(self._config, modality)
             prompt = {"input_ids": torch.full((1, tokens), token)}
             return Processed(tensors, tokens, token, prompt, self._taken[modality])
         failure: ValueError | None = None
-        for text in self._prompts(modality):
+        single: Processed | None = None
+        for attempt in self._attempts(modality):
+            text, more = attempt
             try:
                 output = self._processor(
-                    text=[text],
-                    **{_ARGUMENT[modality]: [media], f"{_ARGUMENT[modality].removesuffix('s')}s_kwargs": dict(options)}
-                    if modality is not Modality.AUDIO
-                    else {"audio": [media], "audio_kwargs": dict(options)},
+                    **({} if text is None else {"text": [text]}),
+                    **{_MEDIA[modality]: [media], _KWARGS[modality]: {**options, **more}},
                     return_tensors="pt",
                 )
+                ids = output["input_ids"].flatten()
             except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, StopIteration) as error:
-                failure = ValueError(first_line(error))
+                failure = failure or ValueError(first_line(error))  # of the likeliest prompt
                 continue
-            ids = output["input_ids"].flatten()
-            for token in self._tokens(modality):
-                if count := int((ids == token).sum()):
-                    return Processed(_media_tensors(output), count, token, _prompt(output), self._taken[modality])
-        raise failure or ValueError(f"the processor puts no {modality} placeholder into the prompt")
+            for token in placeholders(self._config, modality):
+                if not (count := int((ids == token).sum())):
+                    continue
+                found = Processed(_media_tensors(output), count, token, _prompt(output), self._taken[modality])
+                if count > 1:
+                    self._worked[modality] = attempt
+                    return found
+                # The one may be the prompt's own: a processor that makes the whole prompt by itself leaves it alone.
+                single = single or found
+                break
+            else:
+                failure = failure or ValueError(
+                    f"the processor puts no {modality} placeholder of the model in its prompt"
+                )
+        if single is not None:
+            return single
+        raise failure or ValueError(f"the processor has no {modality} placeholder")
+
+    def _attempts(self, modality: Modality) -> list[Attempt]:
+        """Prompts and further options, what worked before first, then the likeliest."""
+        attempts: list[Attempt] = [(text, {}) for text in self._prompts(modality)]
+        if modality is Modality.VIDEO:
+            # Some processors need the metadata for the prompt, and leave it to their callers to ask for them.
+            attempts += [(text, {"return_metadata": True}) for text, _ in attempts]
+        attempts.append((None, {}))
+        if (worked := self._worked.get(modality)) is not None:
+            attempts.insert(0, worked)
+        return attempts
 
     def _prompts(self, modality: Modality) -> list[str]:
         """Prompts of one placeholder, the likeliest first: families name theirs in several ways."""
@@ -121,13 +153,6 @@ class MediaProcessor:
             start, end = tokenizer.convert_ids_to_tokens(ends)
             return [*(f"{start}{name}{end}" for name in plain), *plain]
         return plain
-
-    def _tokens(self, modality: Modality) -> list[int]:
-        """Numbers of the placeholders that the model replaces by embeddings of `modality`, the likeliest first."""
-        kinds = [modality, Modality.IMAGE] if modality is Modality.VIDEO else [modality]
-        names = [f"{kind}_{suffix}" for kind in kinds for suffix in ("token_id", "token_index", "patch_id")]
-        found = [getattr(self._config, name, None) for name in names]
-        return [number for number in found if isinstance(number, int)]
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:

@@ -74,6 +74,11 @@ def stripped(found: ModelClass) -> Any:
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             _strip(self)
+            self._has_no_head = True
+
+        def get_output_embeddings(self) -> Any:
+            # BLIP-2 looks for its head in its language model, which is gone.
+            return None if hasattr(self, "_has_no_head") else super().get_output_embeddings()
 
     Stripped.__name__ = found.cls.__name__
     Stripped.__qualname__ = found.cls.__qualname__
@@ -115,5 +120,5 @@ def decoder_is_meta(decoder: nn.Module) -> bool:
 
 
 def _is_encoder_decoder(model: Any) -> bool:
-    text = model.config.get_text_config()
-    return bool(getattr(text, "is_encoder_decoder", False))
+    configs = (model.config, model.config.get_text_config())
+    return any(getattr(config, "is_encoder_decoder", False) for config in configs)

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from encode_server.media.limits import MediaLimits
@@ -27,6 +28,7 @@ from tests.models.ranks import Jobs, encode_with_ranks
 from tests.models.reference import frames_of
 
 TOLERANCE = 1e-4
+PAGE = Path(__file__).parents[3] / "docs/models.md"
 SIZES = [(300, 420), (64, 64), (97, 233), (300, 900)]
 CLIPS = [(8, 90, 150), (4, 130, 90)]
 SECONDS = [1.93, 0.41, 3.3]
@@ -78,12 +80,14 @@ def test_rows_are_those_that_the_language_model_receives(written: Path, family: 
     whole = Whole(family, path)
     if family in EXPECTED:
         assert found.facts is not None
-        assert {name: facts.batching for name, facts in found.facts.modalities.items()} == EXPECTED[family]
+        batching = {name: facts.batching for name, facts in found.facts.modalities.items()}
+        if f"transformers {transformers.__version__};" in PAGE.read_text():
+            assert batching == EXPECTED[family]
+        # Older releases of transformers can do less of some families, which is then not offered.
+        assert batching.keys() <= EXPECTED[family].keys()
         assert {facts.proof for facts in found.facts.modalities.values()} == {Proof.RECEIVED}
         assert not found.facts.whole, "shards that do not add up"
     for modality in found.modalities:
-        if (family, modality) == ("qwen2_5_omni_thinker", VIDEO):
-            continue  # the processor's class sets other sizes than its video processor, which this family follows
         items = [preprocessor.prepare(modality, data) for data in _media(modality)]
         alone = [encoder.forward(modality, [item.tensors])[0] for item in items]
         batch = encoder.forward(modality, [item.tensors for item in items])
