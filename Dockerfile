@@ -28,9 +28,12 @@ ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 # `cuda`: torch as the package index has it. Else one of PyTorch's own builds, as uv names them (`--torch-backend`): `cpu`
 # (without NVIDIA's libraries), `rocm7.2`, `cu126`, …
 ARG TORCH=cuda
+# The package's extras: "server ray" for a Ray cluster, "server otel" for traces.
+ARG EXTRAS=server
 
 FROM ${BASE} AS build
 ARG TORCH
+ARG EXTRAS
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -50,7 +53,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
              {print}' constraints.txt > chosen.txt \
         && export UV_TORCH_BACKEND="$TORCH"; \
     else cp constraints.txt chosen.txt; fi \
-    && /opt/uv/bin/uv pip install --constraint chosen.txt --requirement pyproject.toml --extra server
+    && /opt/uv/bin/uv pip install --constraint chosen.txt --requirement pyproject.toml $(printf -- '--extra %s ' $EXTRAS)
 COPY README.md LICENSE NOTICE ./
 COPY encode_server ./encode_server
 RUN --mount=type=cache,target=/root/.cache/uv /opt/uv/bin/uv pip install --no-deps .

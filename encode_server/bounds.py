@@ -11,16 +11,18 @@ from dataclasses import dataclass
 
 from encode_server import errors
 from encode_server.api import body, profiles, schemas
-from encode_server.delivery import destinations, folder
-from encode_server.delivery.sglang import endpoints, registrations
+from encode_server.delivery import destinations, folder, mooncake
+from encode_server.delivery.sglang import endpoints, registrations, sizes
 from encode_server.engine import profile_limits
 from encode_server.media import patience, web
 from encode_server.media.limits import MediaLimits
 from encode_server.pipeline import admission
+from encode_server.pipeline.shared import cache as shared
 from encode_server.prepare import preparers
 from encode_server.runtime import bodies
 from encode_server.runtime.connections import ConnectionLimits
 from encode_server.settings import Settings, option_name
+from encode_server.telemetry import history
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ def bounds(settings: Settings) -> list[Bound]:
         *_of_requests(settings),
         *_of_media(settings),
         *_of_deliveries(settings),
+        *_of_the_history(),
     ]
 
 
@@ -171,6 +174,28 @@ def _of_media(s: Settings) -> Iterable[Bound]:
     yield Bound(
         "embeddings kept", "pipeline/cache.py", s.cache_gb, "GiB", "the oldest go", "cache_gb", "encode_cache_bytes"
     )
+    where = "pipeline/shared/cache.py"
+    yield Bound(
+        "an embedding in the shared cache", where, s.shared_cache_max_mb, "MiB", "not shared", "shared_cache_max_mb"
+    )
+    yield Bound(
+        "time of a look-up in the shared cache",
+        where,
+        s.shared_cache_timeout_ms,
+        "ms",
+        "encoded here",
+        "shared_cache_timeout_ms",
+        "encode_shared_cache_seconds",
+    )
+    yield Bound(
+        "embeddings that wait for the shared cache",
+        where,
+        shared.QUEUED_BYTES >> 20,
+        "MiB",
+        "not shared",
+        "",
+        "encode_shared_cache_queued_bytes",
+    )
     yield Bound("downloads", "media/web.py", web.MAX_FETCHES, "", "waits")
     yield Bound("downloads of one client", "media/web.py", int(web.MAX_FETCHES * web.CLIENT_SHARE), "", "waits")
     yield Bound("time of a download", "media/web.py", s.fetch_s, "s", "400", "fetch_s")
@@ -190,6 +215,13 @@ def _of_deliveries(s: Settings) -> Iterable[Bound]:
         "encode_undelivered_bytes",
     )
     yield Bound("time of a push", "delivery/push.py", s.send_timeout_s, "s", "502", "send_timeout_s")
+    yield Bound(
+        "embeddings that wait to be read by NIXL", "delivery/nixl.py", s.nixl_pool_mb, "MiB", "waits", "nixl_pool_mb"
+    )
+    yield Bound("transfers by Mooncake, begun or waiting", "delivery/mooncake.py", mooncake.MAX_WAITING, "", "502")
+    yield Bound(
+        "callers that wait for a size (SGLang, Mooncake)", "delivery/sglang/sizes.py", sizes.MAX_WAITING, "", "429"
+    )
     yield Bound("names looked up for destinations", "delivery/destinations.py", destinations.LOOK_UPS, "", "waits")
     yield Bound(
         "names looked up for one client",
@@ -219,3 +251,12 @@ def _of_deliveries(s: Settings) -> Iterable[Bound]:
         "ec_store_gb",
     )
     yield Bound("stored embeddings, their number", "delivery/folder.py", folder.MAX_ENTRIES, "", "the oldest go; 507")
+
+
+def _of_the_history() -> Iterable[Bound]:
+    where = "telemetry/history.py"
+    yield Bound("time that `/status` looks back", where, int(history.SLOT_S * history.SLOTS), "s", "the oldest goes")
+    yield Bound("slow requests kept", where, history.SLOTS * history.SLOWEST, "", "the fastest go")
+    yield Bound("kinds of failures kept, of the server, of callers", where, history.FAILURES, "each", "the oldest go")
+    yield Bound("destinations kept", where, history.DESTINATIONS, "", "the one used least recently goes")
+    yield Bound("a message, a name that is kept", where, history.MAX_TEXT, "characters", "cut")

@@ -1,4 +1,5 @@
-"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | route`."""
+"""The command line: `encode-server serve | demo | demo-model | models | inspect | bench | plan | route |
+support-bundle`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 from encode_server import __version__
 from encode_server.bench.arguments import add_arguments as add_bench_arguments
+from encode_server.bench.arguments import add_plan_arguments
 from encode_server.errors import StartupError
 from encode_server.route.options import add_route_options, route_options
 from encode_server.runtime.forkserver import Launched, launch
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument(
         "--explain-limits", action="store_true", help="print all bounds and the memory they allow for, and exit"
     )
+    serve.add_argument(
+        "--ray", metavar="REPLICAS", help="serve on a Ray cluster: so many replicas, or from MIN-MAX by their work"
+    )
     _add_options(serve, skip="model")
 
     demo = commands.add_parser("demo", help="serve the demo checkpoint and encode an image, a clip and audio")
@@ -73,6 +78,15 @@ def main(argv: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="load a running server with media and say how fast it is")
     add_bench_arguments(bench)
 
+    plan = commands.add_parser("plan", help="say how many servers a load takes, from what a bench measured on one")
+    add_plan_arguments(plan)
+
+    bundle = commands.add_parser("support-bundle", help="write what a report of a fault needs to one file")
+    bundle.add_argument("url", metavar="URL", help="the server, e.g. http://127.0.0.1:30000")
+    bundle.add_argument("--output", type=Path, metavar="FILE", help="[encode-server-DATE.tar.gz]")
+    bundle.add_argument("--log", type=Path, metavar="FILE", help="the server's log, of which the end is taken")
+    bundle.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
+
     route = commands.add_parser("route", help="proxy before vLLM: media to encode servers, the rest to the engine")
     add_route_options(route)
 
@@ -95,7 +109,7 @@ def _run(command: str, options: dict[str, Any]) -> int:
         package = (missing.name or "").partition(".")[0]
         if package in ("", "encode_server"):
             raise
-        extra = "bench" if command == "bench" else "server"
+        extra = "bench" if command == "bench" else "ray" if package == "ray" else "server"
         raise StartupError(
             f"`{command}` needs the package {package}, which is not installed: pip install 'encode-server[{extra}]'"
         ) from None
@@ -131,11 +145,23 @@ def _dispatch(command: str, options: dict[str, Any]) -> int:
         from encode_server.bench.command import run
 
         return run(options)
+    if command == "plan":
+        from encode_server.bench.plan import run as run_plan
+
+        return run_plan(options)
+    if command == "support-bundle":
+        from encode_server.support import run as write_bundle
+
+        return write_bundle(options)
     if command == "route":
         from encode_server.route.serve import serve_route
 
         return serve_route(route_options(options))
-    explained = options.pop("explain_limits", False)
+    explained, replicas = options.pop("explain_limits", False), options.pop("ray", None)
+    if replicas is not None:
+        from encode_server.cluster.command import serve_on_ray
+
+        return serve_on_ray(options, replicas)
     settings = load_settings(options)
     if explained:
         from encode_server.memory import explain
@@ -161,6 +187,11 @@ def _add_options(parser: argparse.ArgumentParser, skip: str) -> None:
     parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config)
     for name, field in Settings.model_fields.items():
         if name == skip:
+            continue
+        if field.annotation is bool:
+            parser.add_argument(
+                option_name(name), nargs="?", const="true", metavar="true", default=argparse.SUPPRESS, help=_help(name)
+            )
             continue
         kind = "A,B,…" if isinstance(field.default, tuple) else name.rsplit("_", 1)[-1].upper()
         parser.add_argument(option_name(name), metavar=kind, default=argparse.SUPPRESS, help=_help(name))

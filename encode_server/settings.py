@@ -85,6 +85,9 @@ class Settings(BaseSettings):
         description="keys of which all but probes, metrics and docs want one as `Authorization: Bearer`; better set by "
         "the variable",
     )
+    page: Literal["on", "off"] = Field(
+        "on", description="the page at `/`; what it shows, `/status`, wants an API key, if there are any"
+    )
     ssl_certfile: str | None = Field(None, description="certificate chain in PEM: serve HTTPS")
     ssl_keyfile: str | None = Field(None, description="its private key in PEM")
 
@@ -104,6 +107,22 @@ class Settings(BaseSettings):
         48000, ge=1, description="mel frames of audio in one batch; a larger item goes alone"
     )
     cache_gb: float = Field(1.0, ge=0, description="GiB of embeddings kept for media seen again; 0: none")
+    shared_cache: str | None = Field(
+        None,
+        description="second level of the cache, shared by replicas: redis://[[user]:password@]host[:port][/number], "
+        "or rediss:// for TLS (best set by the variable where it holds a password); mooncake://master:port[/MiB lent]",
+    )
+    shared_cache_password_file: str | None = Field(
+        None, description="file that holds its password, read at each connection"
+    )
+    shared_cache_timeout_ms: float = Field(100.0, gt=0, le=10_000, description="longest time of a look-up in it")
+    shared_cache_ttl_s: int = Field(86_400, ge=1, le=10**9, description="an embedding in it goes after so long")
+    shared_cache_max_mb: int = Field(16, ge=1, le=500, description="largest embedding that goes into it")
+    trust_content_hash: bool = Field(
+        False,
+        description="a caller who names an item's content_hash gets the embedding known for it, and the media are not "
+        "looked at; where none is known they are, and are verified",
+    )
     arena_mb: int = Field(
         2048,
         ge=16,
@@ -183,6 +202,12 @@ class Settings(BaseSettings):
     )
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
 
+    nixl_pool_mb: int = Field(
+        0,
+        ge=0,
+        description="memory that destinations may read embeddings from by NIXL, where a request asks for that; 0: "
+        "all are pushed over ZMQ",
+    )
     undelivered_mb: int = Field(
         4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429, one alone 413"
     )
@@ -197,6 +222,13 @@ class Settings(BaseSettings):
         pattern=MODULE,
         description="module of SGLang's Modality; older releases: sglang.srt.managers.schedule_batch",
     )
+    mooncake_host: str | None = Field(
+        None,
+        description="this host's address, for SGLang's transfer backend `mooncake`: prefill servers offer memory, and "
+        "embeddings are written there; none: not offered",
+    )
+    mooncake_protocol: Literal["tcp", "rdma"] = Field("tcp", description="what Mooncake transfers by")
+    mooncake_device: str = Field("", description="RDMA devices that Mooncake uses; empty: its choice")
     register_url: CommaList = Field(
         (), description="SGLang bootstrap servers to register with while ready, e.g. http://10.0.0.7:8997"
     )
@@ -240,6 +272,9 @@ class Settings(BaseSettings):
             raise PydanticCustomError("no_key", "at least one key; leave it out to serve everybody")
         return parts
 
+
+SECRET = frozenset({"api_keys", "shared_cache"})
+"""Options whose values are never quoted."""
 
 PRELOAD = "encode_server.models.preload:preload"
 """What the forkserver calls before its first fork."""
@@ -285,6 +320,7 @@ def redacted(settings: Settings) -> dict[str, Any]:
     """The settings for other eyes: of keys only how many, of URLs neither credentials nor queries."""
     shown = settings.model_dump(mode="json")
     shown["api_keys"] = len(settings.api_keys)
+    shown["shared_cache"] = settings.shared_cache and _bare(settings.shared_cache)
     shown["register_url"] = [_bare(url) for url in settings.register_url]
     return shown
 
@@ -335,5 +371,5 @@ def _complaint(error: Any, places: Mapping[str, str]) -> str:
     takes = plain.get(kind, error["msg"].removeprefix("Input should be "))
     of_kubernetes = str(error["input"]).startswith("tcp://") and field not in places
     hint = " (Kubernetes sets it for a Service; enableServiceLinks: false stops that)" if of_kubernetes else ""
-    got = "something else" if field == "api_keys" and error["input"] else repr(error["input"])
+    got = "something else" if field in SECRET and error["input"] else repr(error["input"])
     return f"{where}: got {got}, takes {takes}{hint}"

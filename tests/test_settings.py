@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 
 import pytest
 
 from encode_server import cli
 from encode_server.errors import StartupError
-from encode_server.settings import load_settings
+from encode_server.service.server import shared_address
+from encode_server.settings import load_settings, redacted
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +54,24 @@ def test_the_command_line_takes_both_and_shows_one(monkeypatch, capsys):
         cli.main(["serve", "--help"])
     shown = capsys.readouterr().out
     assert "--protocol" in shown and "--engine" not in shown
+
+
+@pytest.mark.parametrize("url", ["redis://:h1dden@host:port", "memcached://:h1dden@host", "redis://:h1dden@host/x"])
+def test_the_shared_caches_password_is_in_no_message(url):
+    with pytest.raises(StartupError, match="--shared-cache") as error:
+        shared_address(load_settings({"shared_cache": url}))
+    assert "h1dden" not in str(error.value)
+
+
+def test_the_shared_caches_password_is_shown_to_nobody():
+    shown = redacted(load_settings({"shared_cache": "redis://me:h1dden@host:6379/3"}))
+    assert shown["shared_cache"] == "redis://host:6379/3"
+
+
+@pytest.mark.parametrize(
+    ("given", "trusting"), [([], False), (["--trust-content-hash"], True), (["--trust-content-hash", "false"], False)]
+)
+def test_an_option_that_is_on_or_off(given, trusting):
+    parser = argparse.ArgumentParser()
+    cli._add_options(parser, "")
+    assert load_settings(vars(parser.parse_args(given))).trust_content_hash is trusting

@@ -90,6 +90,7 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         stored=body.delivery == "ec_store",
         cached=body.delivery == "cache",
         frames=body.frames,
+        readable=body.transport == "nixl",
         timeout_s=body.timeout_s,
         traceparent=_traceparent(body.time_stats_json),
         model=body.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 
 from starlette.requests import Request
@@ -27,6 +28,8 @@ from encode_server.wire.load import COST_HEADER, load_headers
 
 log = logging.getLogger(__name__)
 
+TIMING_HEADER = "Server-Timing"
+
 
 class EncodeEndpoint:
     """The ASGI application of `POST /encode`. Raw ASGI, because the answer is a part of the request's life: the request
@@ -46,7 +49,9 @@ async def serve(server: Server, kind: type[HttpCaller], scope: Scope, receive: R
     try:
         caller = kind(server, request, send)
     except EncodeError as error:
-        note_end(server.metrics, Record(stages={"total": 0.0}), error.code)
+        record = Record(stages={"total": 0.0})
+        record.fail(error)
+        note_end(server.metrics, server.history, record, error.code)
         await answers.error_answer(error, None)(scope, receive, send)
         return
     await serve_encode(server, caller)
@@ -59,6 +64,7 @@ class HttpCaller:
         self._server, self._request, self._send = server, request, send
         self._answering = False
         self.item_tokens: int | None = None
+        self.stages: Mapping[str, float] = {}
         self._binary = answers.OCTETS in request.headers.get("accept", "")
         self.client = server.keys.client(request)
         self.asked_timeout_s = _asked_timeout(request)
@@ -125,7 +131,14 @@ class HttpCaller:
         headers = load_headers(self._server.load())
         if self.item_tokens is not None:
             headers[COST_HEADER] = str(self.item_tokens)
+        if self.stages:
+            headers[TIMING_HEADER] = _server_timing(self.stages)
         return headers
+
+
+def _server_timing(stages: Mapping[str, float]) -> str:
+    """The stages that are over, in milliseconds, as the header `Server-Timing` has them; browsers show them."""
+    return ", ".join([f"{stage};dur={seconds * 1000:.2f}" for stage, seconds in stages.items()])
 
 
 def _asked_timeout(request: Request) -> float | None:

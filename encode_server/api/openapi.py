@@ -62,6 +62,8 @@ def complete(document: dict[str, Any], *, locked: bool) -> dict[str, Any]:
     references, schemas = openapi_components()
     document["paths"]["/encode"] = {"post": _encode(references)}
     document["paths"]["/v1/embeddings"] = {"post": _embeddings(references)}
+    shown = document["paths"]["/status"]["get"]["responses"]["200"]
+    shown["content"] = {answers.JSON: {"schema": references["Status"]}}
     components = document.setdefault("components", {})
     components.setdefault("schemas", {}).update(schemas)
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "One of --api-keys."}}

@@ -14,9 +14,11 @@ from encode_server.api.embeddings import EmbeddingsEndpoint
 from encode_server.api.encode import EncodeEndpoint
 from encode_server.api.profiles import add_profile_routes
 from encode_server.delivery.sglang.endpoints import add_sglang_routes
+from encode_server.page import page_routes
 from encode_server.runtime.pools import run
 from encode_server.service.info import models, server_info
 from encode_server.service.server import Server
+from encode_server.service.status import status
 
 
 def build_router(server: Server) -> APIRouter:
@@ -58,7 +60,22 @@ def build_router(server: Server) -> APIRouter:
         server.keys.client(request)
         return Response(msgspec.json.encode(models(server)), media_type=answers.JSON)
 
+    @router.get("/status", summary="State, bounds and the last quarter of an hour")
+    async def show_status(request: Request) -> Response:
+        server.keys.client(request)
+        document = msgspec.json.encode(status(server))
+        return Response(document, headers={"Cache-Control": "no-store"}, media_type=answers.JSON)
+
+    if server.settings.page == "on":
+        router.routes.extend(page_routes())
     add_profile_routes(router, server)
     if server.settings.protocol == "sglang":
-        add_sglang_routes(router, server.registrations, server.destination_policy, server.keys.client)
+        add_sglang_routes(
+            router,
+            server.sglang_deliveries,
+            server.destination_policy,
+            server.keys.client,
+            server.timeout_s(None),
+            mooncake=server.settings.mooncake_host is not None,
+        )
     return router

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from encode_server.errors import BadRequest
+from encode_server.service.status import Status
 from encode_server.wire.answers import Answer, Delivered, ErrorAnswer
 from encode_server.wire.modality import Modality
 
@@ -55,6 +56,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     embedding_port: Port | Annotated[list[Port], msgspec.Meta(min_length=1, max_length=MAX_PORTS)] | None = None
     delivery: Literal["ec_store", "cache"] | None = None
     frames: Literal["native", "sglang"] | None = None
+    transport: Literal["zmq", "nixl"] | None = None
     timeout_s: Seconds | None = None
     time_stats_json: Any = None
     model: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
@@ -119,6 +121,6 @@ class EmbeddingsAnswer(msgspec.Struct, kw_only=True):
 
 def openapi_components() -> tuple[dict[str, Any], dict[str, Any]]:
     """References by type name, and the JSON schemas they point to."""
-    types = (EncodeBody, EmbeddingsBody, Answer, EmbeddingsAnswer, Delivered, ErrorAnswer)
+    types = (EncodeBody, EmbeddingsBody, Answer, EmbeddingsAnswer, Delivered, ErrorAnswer, Status)
     references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     return dict(zip((t.__name__ for t in types), references, strict=True)), components

@@ -153,7 +153,7 @@ class LoadClient:
         """The answer, and the seconds until its last byte."""
         length = sum(map(len, request.pieces))
         head = (
-            f"POST {self._prefix}{request.path} HTTP/1.1\r\n{self._headers}"
+            f"{request.method} {self._prefix}{request.path} HTTP/1.1\r\n{self._headers}"
             f"Accept: {request.accept}\r\nContent-Length: {length}\r\n\r\n"
         )
         pieces = [head.encode(), *request.pieces]

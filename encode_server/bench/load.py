@@ -127,6 +127,8 @@ class _Run:
             await room.acquire()
             senders.create_task(send(request, due))
             due += gaps.expovariate(rate)
+            if due >= self._end:
+                return
             if (wait := due - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
 

@@ -9,7 +9,8 @@ import zmq
 
 from encode_server.client.embedding import Embedding, check_size, join
 from encode_server.client.errors import EncodeServerError, ProtocolError
-from encode_server.wire.frames import VERSION, EmbeddingHeader, decode_header
+from encode_server.wire.dtypes import ITEM_BYTES
+from encode_server.wire.frames import MEMORY_VERSION, VERSION, EmbeddingHeader, decode_header
 
 MAX_HEADER_BYTES = 4 << 20
 MAX_PARTS = 4096
@@ -25,26 +26,43 @@ class Part:
     data: memoryview
     cost: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of the embedding, also where its bytes are elsewhere."""
+        tokens, dim = self.header.shape
+        return tokens * dim * ITEM_BYTES.get(self.header.dtype, 0)
 
-def read_part(frames: list[zmq.Frame]) -> Part:
-    """The part in a message's frames. Raises `ProtocolError` for anything that isn't one."""
+
+def read_part(frames: list[zmq.Frame], *, remote: bool = False) -> Part:
+    """The part in a message's frames. `remote`: it may be one whose bytes are elsewhere, see `header.memory`; they are
+    not read here. Raises `ProtocolError` for anything that isn't one."""
     if len(frames[0]) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(frames[0])} bytes")
     try:
         header = decode_header(frames[0].buffer)
     except (ValueError, RecursionError) as exc:
         raise ProtocolError(f"not an embedding's header: {exc}") from exc
-    if header.version > VERSION:
-        raise ProtocolError(f"frames of version {header.version}, this client reads version {VERSION}: update it")
+    if header.version > (newest := VERSION if header.memory is None else MEMORY_VERSION):
+        raise ProtocolError(f"frames of version {header.version}, this client reads version {newest}: update it")
     if not (0 < header.num_parts <= MAX_PARTS and 0 <= header.part_idx < header.num_parts):
         raise ProtocolError(f"part {header.part_idx} of {header.num_parts}")
     cost = sum(len(frame) for frame in frames) + PART_OVERHEAD_BYTES
     if header.error is not None:
         return Part(header, memoryview(b""), cost)
+    if header.memory is not None:
+        return _remote_part(header, cost, remote)
     if len(frames) != 2:
         raise ProtocolError(f"{len(frames)} frames where a header and an embedding were expected")
     check_size(header.dtype, header.shape, len(frames[1]))
     return Part(header, frames[1].buffer, cost)
+
+
+def _remote_part(header: EmbeddingHeader, cost: int, remote: bool) -> Part:
+    if not remote:
+        raise ProtocolError("an embedding to be read by NIXL, which this receiver does not do")
+    part = Part(header, memoryview(b""), cost)
+    check_size(header.dtype, header.shape, part.nbytes)
+    return Part(header, part.data, cost + part.nbytes)
 
 
 @dataclass(slots=True)

@@ -45,6 +45,7 @@ class Encoder:
         self.work = Workload(item_cost)
         self.suspected = asyncio.Event()
         self.lost = asyncio.Event()
+        self.failures = 0  # requests that came to nothing there
         client.on_answer = self.work.note
 
     @property
@@ -171,6 +172,7 @@ class Encoders:
 
     def suspect(self, encoder: Encoder) -> None:
         """It failed: nothing is sent there until it says that it is well."""
+        encoder.failures += 1
         self._judge(encoder, False)
         encoder.suspected.set()
 

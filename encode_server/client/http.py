@@ -6,15 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
+from encode_server.client.affinity import item_key
 from encode_server.client.answers import error_from, from_json, from_safetensors
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
 from encode_server.client.media import Media, Piece, items_json
+from encode_server.client.passed_on import passed_on
 from encode_server.wire.answers import Delivered
+from encode_server.wire.load import CONTENT_HEADER
 from encode_server.wire.modality import Modality
 
 CONNECT_TIMEOUT_S = 5.0
@@ -128,13 +131,21 @@ class EncodeClient:
         num_parts: int = 1,
         part_idx: int = 0,
         timeout_s: float | None = None,
+        transport: Literal["zmq", "nixl"] = "zmq",
     ) -> Delivered:
         """Has the embedding of `media` pushed to `tcp://prefill_host:embedding_port`, an `EmbeddingReceiver`'s address.
 
-        Returns once the server has handed it over. The other arguments are those of `encode`.
+        Returns once the server has handed it over. `transport` "nixl": an `EmbeddingReceiver(nixl=True)` reads the
+        embedding out of the server's memory; a server without NIXL pushes it as usual. The other arguments are those
+        of `encode`.
         """
         fields = _fields(modality, req_id, num_parts, part_idx)
-        to = {"prefill_host": prefill_host, "embedding_port": embedding_port, "frames": "native"}
+        to: dict[str, object] = {
+            "prefill_host": prefill_host,
+            "embedding_port": embedding_port,
+            "frames": "native",
+            "transport": transport if transport != "zmq" else None,
+        }
         return await self._deliver(media, fields | to, timeout_s)
 
     async def store(
@@ -188,6 +199,8 @@ class EncodeClient:
             "Content-Length": str(sum(map(len, pieces))),
             "Accept": accept,
         }
+        if media:
+            headers[CONTENT_HEADER] = item_key(media[0])[:64].hex()
         limit = self.timeout if timeout_s is None else timeout_s + DEADLINE_MARGIN_S
         answer = await self.exchange("POST", "/encode", limit, pieces, headers)
         if answer.status != 200:
@@ -204,7 +217,7 @@ class EncodeClient:
         import httpx
 
         body = bytearray()
-        headers = headers | {"Accept-Encoding": "identity"}
+        headers = {**passed_on(), **headers, "Accept-Encoding": "identity"}
         try:
             async with (
                 asyncio.timeout(limit),

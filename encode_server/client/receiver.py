@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 import zmq
 import zmq.asyncio
 
-from encode_server.client.assembly import Assembly, read_part
+from encode_server.client.assembly import Assembly, Part, read_part
 from encode_server.client.early import EarlyParts
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ReceiverClosed
+from encode_server.client.remote import RemoteReader
+
+MAX_READS = 256  # embeddings that wait to be read by NIXL
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +26,8 @@ logger = logging.getLogger(__name__)
 class EmbeddingReceiver:
     """A ZMQ PULL socket that many encode servers push parts to; an async context manager.
 
+    `nixl`: read embeddings out of servers' memory where they offer that (`EncodeClient.push(transport="nixl")`);
+    anybody who can push here makes this process connect to an address of their choice. Raises `ImportError` without it.
     `bind`: the address to listen on; port 0 takes a free one. `max_part_bytes`: a larger frame closes the connection it
     came on. `max_early_bytes`, `max_early_age`: bounds, in bytes and seconds, of what is kept for requests that nobody
     waits for (yet). Raises `ValueError` for an address that isn't `tcp://`.
@@ -36,6 +43,7 @@ class EmbeddingReceiver:
         max_part_bytes: int = 2 << 30,
         max_early_bytes: int = 1 << 30,
         max_early_age: float = 60.0,
+        nixl: bool = False,
     ) -> None:
         if not bind.startswith("tcp://"):
             raise ValueError(f"bind is tcp://ADDRESS:PORT, not {bind!r}")
@@ -43,6 +51,9 @@ class EmbeddingReceiver:
         self.max_part_bytes = max_part_bytes
         self.rejected = 0
         self.duplicates = 0
+        self._reader = RemoteReader() if nixl else None
+        self._thread = ThreadPoolExecutor(1, "nixl") if nixl else None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._early = EarlyParts(max_early_bytes, max_early_age)
         self._waiting: dict[str, Assembly] = {}
         self._context: zmq.asyncio.Context | None = None
@@ -90,6 +101,8 @@ class EmbeddingReceiver:
             return
         pump, context, self._pump, self._context = self._pump, self._context, None, None
         pump.cancel()
+        for task in self._tasks:
+            task.cancel()
         try:
             await asyncio.wait([pump])
         finally:
@@ -136,13 +149,44 @@ class EmbeddingReceiver:
 
     def _take(self, frames: list[zmq.Frame]) -> None:
         try:
-            part = read_part(frames)
+            part = read_part(frames, remote=self._reader is not None)
+            if part.header.memory is not None:
+                self._read_remote(part)
+                return
             added = (self._waiting.get(part.header.req_id) or self._early).add(part)
         except ProtocolError as exc:
-            self.rejected += 1
-            if self.rejected.bit_count() == 1:  # The 1st, 2nd, 4th, 8th …: a stranger can't fill the log.
-                logger.warning("dropped a message, the %dth of its kind: %s", self.rejected, exc)
+            self._reject(exc)
             return
         if not added:
             self.duplicates += 1
             logger.info("part %d of %r came twice", part.header.part_idx, part.header.req_id)
+
+    def _reject(self, why: ProtocolError) -> None:
+        self.rejected += 1
+        if self.rejected.bit_count() == 1:  # The 1st, 2nd, 4th, 8th …: a stranger can't fill the log.
+            logger.warning("dropped a message, the %dth of its kind: %s", self.rejected, why)
+
+    def _read_remote(self, part: Part) -> None:
+        """Reads the bytes in a thread, one part after another."""
+        if part.cost > self.max_part_bytes:
+            raise ProtocolError(f"an embedding of {part.cost} bytes")
+        if len(self._tasks) >= MAX_READS:
+            raise ProtocolError(f"{MAX_READS} embeddings wait to be read already")
+        task = asyncio.create_task(self._read_and_add(part))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read_and_add(self, part: Part) -> None:
+        header = part.header
+        assert self._reader is not None and header.memory is not None
+        try:
+            data = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._reader.read, header.memory, part.nbytes
+            )
+            whole = replace(part, data=data)
+            added = (self._waiting.get(header.req_id) or self._early).add(whole)
+        except ProtocolError as exc:
+            self._reject(exc)
+            return
+        if not added:
+            self.duplicates += 1

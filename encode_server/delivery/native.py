@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Executor
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
 
 from encode_server.delivery.base import Part
 from encode_server.delivery.push import Pusher
-from encode_server.errors import EncodeError
+from encode_server.errors import DeliveryFailed, EncodeError
 from encode_server.runtime.pools import Pace, run_sized
 from encode_server.wire.embedding import Encoded
-from encode_server.wire.frames import EmbeddingHeader, ErrorInfo, encode_header
+from encode_server.wire.frames import MEMORY_VERSION, EmbeddingHeader, ErrorInfo, RemoteMemory, encode_header
+
+
+class Nixl(Protocol):
+    """Whoever offers memory to be read; see `delivery.nixl.NixlAgent`."""
+
+    def offer(self, data: memoryview) -> AbstractAsyncContextManager[tuple[RemoteMemory, asyncio.Future[None]]]:
+        """Where the bytes can be read while the context is open, and what ends when they have been."""
 
 
 class NativePush:
     """Delivers to `endpoint` (`tcp://address:port`)."""
 
-    def __init__(self, pusher: Pusher, endpoint: str, pool: Executor) -> None:
-        self._pusher, self._endpoint, self._pool = pusher, endpoint, pool
+    def __init__(self, pusher: Pusher, endpoint: str, pool: Executor, nixl: Nixl | None = None) -> None:
+        """`nixl`: None where the embedding follows its header."""
+        self._pusher, self._endpoint, self._pool, self._nixl = pusher, endpoint, pool, nixl
 
     async def deliver(self, part: Part, encoded: Encoded) -> None:
         """See `Delivery`."""
         items = [item.info for item in encoded.items]
         header = _header(part, dtype=encoded.dtype, shape=encoded.shape, items=items)
         data = await run_sized(self._pool, Pace.COPY, encoded.nbytes, encoded.contiguous)
-        await self._pusher.push(self._endpoint, [encode_header(header), data])
+        if self._nixl is None or not data.nbytes:
+            await self._pusher.push(self._endpoint, [encode_header(header), data])
+            return
+        async with self._nixl.offer(data) as (memory, taken):
+            header.memory, header.version = memory, MEMORY_VERSION
+            await self._pusher.push(self._endpoint, [encode_header(header)])
+            await asyncio.wait((taken,), timeout=self._pusher.timeout_s)
+            if not taken.done():
+                raise DeliveryFailed("the destination did not read the embedding in time")
+            taken.result()
 
     async def fail(self, part: Part, error: EncodeError) -> None:
         """See `Delivery`."""

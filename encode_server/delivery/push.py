@@ -40,7 +40,7 @@ class Pusher:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._context = zmq.asyncio.Context(io_threads=2)
         self._context.set(zmq.MAX_SOCKETS, 8192)
         self._destinations: dict[str, _Destination] = {}  # the one used last is the last
@@ -51,7 +51,7 @@ class Pusher:
         Messages to one destination go in the order of the calls. One that is cancelled before its turn is never sent.
         Raises DeliveryFailed when the destination does not take it in time or goes away meanwhile.
         """
-        message = self._queue(endpoint, frames, self._timeout_s)
+        message = self._queue(endpoint, frames, self.timeout_s)
         try:
             await message.sent
         finally:
@@ -59,7 +59,7 @@ class Pusher:
 
     def notify(self, endpoint: str, frames: Frames) -> None:
         """Send a small message for which nobody waits; a destination that takes none is not told."""
-        message = self._queue(endpoint, frames, min(NOTICE_S, self._timeout_s))
+        message = self._queue(endpoint, frames, min(NOTICE_S, self.timeout_s))
         message.sent.add_done_callback(lambda sent: sent.cancelled() or sent.exception())
 
     def close(self) -> None:

@@ -141,6 +141,11 @@ class RankGroup:
         """Per rank: starting, a loading step, ready or dead."""
         return [rank.state for rank in self._ranks]
 
+    @property
+    def pids(self) -> list[int | None]:
+        """Per rank, None before the rank has been forked."""
+        return [rank.peer.pid for rank in self._ranks]
+
     def oldest(self) -> Pending | None:
         """The command that has been executed for longest; None when the ranks are idle."""
         return next(iter(self._pending.values()), None)

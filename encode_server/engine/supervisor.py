@@ -16,6 +16,7 @@ from encode_server.engine.restarts import Restarts
 from encode_server.errors import StartupError
 from encode_server.runtime.changes import Changes
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost
+from encode_server.runtime.losses import Losses
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
@@ -79,6 +80,7 @@ class Supervisor:
         self._changes = changes
         self._state, self._reason = EngineState.LOADING, "the ranks are loading"
         self.info: m.EncoderInfo | None = None
+        self.losses = Losses()  # of the ranks, which are lost together
 
     @property
     def state(self) -> EngineState:
@@ -107,6 +109,11 @@ class Supervisor:
     def rank_states(self) -> list[str]:
         """Per rank, see `RankGroup.states`."""
         return self._group.states if self._group else []
+
+    @property
+    def rank_pids(self) -> list[int | None]:
+        """Per rank, None where there is no process."""
+        return self._group.pids if self._group else []
 
     def forward_age_s(self) -> float | None:
         """Seconds that the ranks have had for the oldest forward that they execute, without the time in which the
@@ -164,6 +171,8 @@ class Supervisor:
         try:
             while True:
                 reason, worked = await self._live_once()
+                if self._group is not None:
+                    self.losses.note(self._group.cause, reason)
                 delay = None if self.info is None else self._restarts.delay(worked=worked)
                 if delay is None:
                     raise StartupError(reason)

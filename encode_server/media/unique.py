@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import secrets
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -29,7 +30,8 @@ class UniqueMedia:
     mime: str
     head: bytes
     tail: bytes
-    _numbers: count[int] = field(default_factory=count)
+    # From anywhere: a second run must not send what the first sent, and a server may still know.
+    _numbers: count[int] = field(default_factory=lambda: count(secrets.randbelow(10**15)))
 
     def __post_init__(self) -> None:
         assert len(self.head) % 3 == 0

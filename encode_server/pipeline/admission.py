@@ -135,6 +135,11 @@ class Admission:
         """Requests that wait at the door, their bodies unread."""
         return len(self._door)
 
+    @property
+    def most_of_one_client(self) -> int:
+        """The most requests in progress that one client has."""
+        return max((held.requests for held in self._clients.values()), default=0)
+
     @contextlib.contextmanager
     def admit(self, client: str, declared_bytes: int) -> Iterator[Ticket]:
         """Hold one place. Raises TooBusy, with `Retry-After` from the rate at which requests have been ending."""

@@ -65,6 +65,18 @@ class EmbeddingCache:
             ):
                 raise type(error)(error.message, headers=error.headers)
 
+    async def find(self, key: CacheKey) -> EncodedItem | None:
+        """The embedding for `key` if it is there or on its way, else None. Another's failure is None as well."""
+        if (flight := self._flights.get(key)) is not None:
+            await asyncio.wait((flight,))
+            if not flight.cancelled() and flight.exception() is None:
+                self._metrics.cache["shared"].inc()
+                return flight.result()
+        if (entry := self._entries.get(key)) is not None:
+            self._entries.move_to_end(key)
+            self._metrics.cache["hit"].inc()
+        return entry
+
     async def _lead(self, key: CacheKey, compute: Callable[[], Awaitable[EncodedItem]]) -> EncodedItem:
         flight: asyncio.Future[EncodedItem] = asyncio.get_running_loop().create_future()
         self._flights[key] = flight
@@ -79,15 +91,16 @@ class EmbeddingCache:
             raise
         else:
             flight.set_result(item)
-            self._keep(key, item)
+            self.keep(key, item)
             return item
         finally:
             del self._flights[key]
             del flight  # the error's traceback has this frame, and the flight has the error: a cycle
 
-    def _keep(self, key: CacheKey, item: EncodedItem) -> None:
+    def keep(self, key: CacheKey, item: EncodedItem) -> None:
+        """Keep an embedding that has been found elsewhere, if there is room for one of its size."""
         size = item.data.nbytes + ENTRY_OVERHEAD
-        if size > self.max_bytes:
+        if size > self.max_bytes or key in self._entries:
             return
         self._entries[key] = item
         self.bytes += size

@@ -40,6 +40,11 @@ class ForwardCost:
         return max(0.0, fixed + per_patch * patches + per_pair * pairs)
 
     @property
+    def parts(self) -> tuple[float, float, float] | None:
+        """Seconds of a forward as such, of a patch, of a pair; None before enough batches have been seen."""
+        return self._seconds
+
+    @property
     def patches_per_s(self) -> float | None:
         """Patches that a second more of a forward executes, the fixed cost of a batch apart: that cost would make a
         device look slow whose batches happen to be small. None before batches of unlike sizes have been seen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,6 +19,7 @@ from encode_server.pipeline.cache import CacheKey, EmbeddingCache
 from encode_server.pipeline.jobs import Job
 from encode_server.pipeline.pooling import pooled
 from encode_server.pipeline.request import EncodeRequest, MediaItem
+from encode_server.pipeline.shared.cache import SharedCache
 from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
@@ -30,6 +32,8 @@ from encode_server.wire.modality import Modality
 from encode_server.wire.pools import POOLED_TOKENS, Pool
 from encode_server.wire.preparers import PreparedItem
 from encode_server.wire.ranks import EncoderInfo
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Preparers(Protocol):
@@ -61,13 +65,16 @@ class Route:
     """What a request passes on its way. A health probe has a route of its own: no cache, a thread that each preparer
     keeps for probes, room of its own in the arena, the next turn in the queue, and no trace in the stages' metrics.
 
-    `cache` None: every item is encoded. `metrics` None: nothing is observed. `tracing` None: nothing is traced.
-    `group`: the only group of ranks that is to encode.
+    `cache` None: every item is encoded. `shared` None: no other server is asked for an embedding. `metrics` None:
+    nothing is observed. `tracing` None: nothing is traced. `trusting`: a caller who names the digest of media gets what
+    is known for that digest, without showing the media. `group`: the only group of ranks that is to encode.
     """
 
     cache: EmbeddingCache | None
     metrics: Metrics | None
     tracing: Tracing | None = None
+    shared: SharedCache | None = None
+    trusting: bool = False
     express: bool = False
     group: int | None = None
 
@@ -108,7 +115,7 @@ class Pipeline:
             raise BadRequest(
                 f"pool is {pool.value!r}, which this model lacks for {request.modality}; it has: {', '.join(there)}"
             )
-        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
+        dim = _dim(info, request.modality, pool)
         if len(request.items) == 1:
             items = [await self._encode_item(request, route, 0, request.items[0])]
         else:
@@ -133,6 +140,8 @@ class Pipeline:
             raise (error.about_item(index) if error.status < 500 else error) from None
 
     async def _encode_cached(self, request: EncodeRequest, route: Route, item: MediaItem) -> EncodedItem:
+        if route.trusting and (found := await self._claimed(request, route, item)) is not None:
+            return found
         clock = _StageClock(request, route)
         media = await self._fetch(request, item)
         clock.lap("fetch")
@@ -141,30 +150,60 @@ class Pipeline:
             # The true digest would tell whoever cannot read the media what they are.
             raise BadRequest("content_hash is not that of the media")
         if route.cache is None:
-            return await self._recalled(request, route, item, media, digest)
+            there = await self._recalled(request, route, item, digest)
+            return there if there is not None else await self._compute(request, route, item, media, digest)
         key = CacheKey(request.modality, digest, item.options)
-        kept, cached = await route.cache.get(key, lambda: self._recalled(request, route, item, media, digest))
-        if not cached:
-            return kept
-        request.share(kept.data)
-        return replace(kept, info=msgspec.structs.replace(kept.info, cached=True))
+        computed = False
+
+        async def compute() -> EncodedItem:
+            nonlocal computed
+            if (found := await self._recalled(request, route, item, digest)) is not None:
+                computed = True  # what is read from the store is charged like what is encoded
+                return found
+            info = await self._engine.until_ready()
+            kind = info.dtype, _dim(info, request.modality, item.options.pool)
+            if route.shared is not None and (found := await route.shared.get(key, *kind)) is not None:
+                return _described(found, info, request.modality, item.options)
+            computed = True
+            ours = await self._compute(request, route, item, media, digest)
+            if route.shared is not None:
+                route.shared.put(key, ours, *kind)
+            return ours
+
+        kept, _ = await route.cache.get(key, compute)
+        return kept if computed else _shared(request, item, kept)
+
+    async def _claimed(self, request: EncodeRequest, route: Route, item: MediaItem) -> EncodedItem | None:
+        """What is known for the digest that the caller names. Everything kept was kept under a digest computed here or
+        by another server, so a wrong claim gives its caller a wrong embedding, and nobody else."""
+        claim = (item.content_hash or "").lower()
+        if route.cache is None or not DIGEST.fullmatch(claim):
+            return None
+        key = CacheKey(request.modality, claim, item.options)
+        if (kept := await route.cache.find(key)) is None and route.shared is not None:
+            info = await self._engine.until_ready()
+            dim = _dim(info, request.modality, item.options.pool)
+            if (kept := await route.shared.get(key, info.dtype, dim)) is not None:
+                kept = _described(kept, info, request.modality, item.options)
+                route.cache.keep(key, kept)
+        return None if kept is None else _shared(request, item, kept)
 
     async def _fetch(self, request: EncodeRequest, item: MediaItem) -> bytes:
         if isinstance(item.source, bytes):
             return item.source
         return await self._source.fetch(item.source, request.grow, request.client)
 
-    async def _recalled(
-        self, request: EncodeRequest, route: Route, item: MediaItem, media: bytes, digest: str
-    ) -> EncodedItem:
-        """The item from where a former request has left it, else encoded."""
-        if request.recall is not None:
-            info = await self._engine.until_ready(route.group)
-            dim = info.dims[request.modality]
-            wanted = Wanted(item.uuid, item.options, request.modality, digest, self._model, info.dtype, dim)
-            if (kept := await request.recall(wanted, request.expect)) is not None:
-                return kept
-        return await self._compute(request, route, item, media, digest)
+    async def _recalled(self, request: EncodeRequest, route: Route, item: MediaItem, digest: str) -> EncodedItem | None:
+        """The item from where a former request has left it. The shared cache is not given such an item: the store goes
+        by the model's name, the shared cache by the checkpoint's weights."""
+        if request.recall is None:
+            return None
+        info = await self._engine.until_ready(route.group)
+        dim = _dim(info, request.modality, item.options.pool)
+        wanted = Wanted(item.uuid, item.options, request.modality, digest, self._model, info.dtype, dim)
+        if (kept := await request.recall(wanted, request.expect)) is not None:
+            request.has_rows(item, kept.info.tokens)
+        return kept
 
     async def _compute(
         self, request: EncodeRequest, route: Route, item: MediaItem, media: bytes, digest: str
@@ -173,7 +212,7 @@ class Pipeline:
         clock = _StageClock(request, route)
         info = await self._engine.until_ready(route.group)
         pool = item.options.pool
-        dim = info.pooled[request.modality] if pool is Pool.MODEL else info.dims[request.modality]
+        dim = _dim(info, request.modality, pool)
         job = Job(
             self._arena,
             request.modality,
@@ -200,6 +239,7 @@ class Pipeline:
             request.weigh(tokens=prepared.cost - weighed)
             weighed = prepared.cost
             expect(embedding_bytes(prepared.tokens, dim, info.dtype))
+            request.has_rows(item, prepared.tokens if pool is None else 1)
             return await job.acquire(prepared, dim, info.dtype)
 
         try:
@@ -230,9 +270,8 @@ class Pipeline:
         if route.metrics is not None:
             route.metrics.preprocessed[request.modality].inc()
         grid = list(prepared.grid_thw) if prepared.grid_thw else None
-        # An engine wants an item's rows: one vector has no place in a prompt.
-        metadata = metadata_of(info.model_type, request.modality, grid, prepared.extra) if pool is None else None
-        return EncodedItem(ItemInfo(tokens, grid, digest, metadata=metadata), extra, embedding, item.options)
+        encoded = EncodedItem(ItemInfo(tokens, grid, digest), extra, embedding)
+        return _described(encoded, info, request.modality, item.options)
 
 
 class _StageClock:
@@ -259,6 +298,26 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
     forward_s = job.ended_at - job.began_at
     tracing.stage("queue", job.queue_s, ended_s_ago=ago + forward_s)
     tracing.stage("forward", forward_s, ended_s_ago=ago, links=job.batches)
+
+
+def _dim(info: EncoderInfo, modality: Modality, pool: Pool | None) -> int:
+    """The width of an embedding."""
+    return info.pooled[modality] if pool is Pool.MODEL else info.dims[modality]
+
+
+def _described(item: EncodedItem, info: EncoderInfo, modality: Modality, options: ItemOptions) -> EncodedItem:
+    """The item with what an engine takes in place of the media, and with the options that the item was encoded with."""
+    metadata = None
+    if options.pool is None:  # one vector has no place in a prompt
+        metadata = metadata_of(info.model_type, modality, item.info.grid_thw, item.extra)
+    return replace(item, info=msgspec.structs.replace(item.info, metadata=metadata), options=options)
+
+
+def _shared(request: EncodeRequest, item: MediaItem, kept: EncodedItem) -> EncodedItem:
+    """An embedding that was not made for this request, charged to the request."""
+    request.has_rows(item, kept.info.tokens)
+    request.share(kept.data)
+    return replace(kept, info=msgspec.structs.replace(kept.info, cached=True))
 
 
 def _digest(data: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -45,7 +46,8 @@ class MediaItem:
 class EncodeRequest:
     """A request in progress. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line.
     `ticket`: the request's place in the admission, which a health probe does not take. `max_embedding_bytes`: of all
-    its items together. `recall`: finds an item where a former request has left it."""
+    its items together. `recall`: finds an item where a former request has left it. `on_rows`: called once, with the
+    rows of its embedding, as soon as all items have been prepared or found."""
 
     req_id: str
     modality: Modality
@@ -55,7 +57,9 @@ class EncodeRequest:
     stages: dict[str, float] = field(default_factory=dict)
     max_embedding_bytes: int | None = None
     recall: Recall | None = None
+    on_rows: Callable[[int], None] | None = None
     _embedding_bytes: int = 0
+    _rows: dict[int, int] = field(default_factory=dict)
     _embeddings: set[int] = field(default_factory=set)
 
     def spent(self, stage: str, seconds: float) -> None:
@@ -76,6 +80,13 @@ class EncodeRequest:
     def pool(self) -> Pool | None:
         """How its items are pooled, all alike."""
         return self.items[0].options.pool if self.items else None
+
+    def has_rows(self, item: MediaItem, rows: int) -> None:
+        """One of its items will have so many rows."""
+        self._rows[id(item)] = rows
+        if self.on_rows is not None and len(self._rows) == len(self.items):
+            told, self.on_rows = self.on_rows, None
+            told(sum(self._rows.values()))
 
     def weigh(self, *, nbytes: int = 0, tokens: int = 0) -> None:
         """Count what is now known of the request, see `Ticket.weigh`."""

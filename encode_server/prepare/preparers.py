@@ -23,6 +23,7 @@ from encode_server.prepare.jobs import AskedPickle, PreparerProcess, PreparingJo
 from encode_server.prepare.queue import PreparingQueue
 from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost
+from encode_server.runtime.losses import Losses
 from encode_server.runtime.peer import Peer
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire import preparers as m
@@ -73,7 +74,12 @@ class Preparers:
         self._turn = 0
         self._ready = asyncio.Event()
         self._closed: str | None = None
-        self.restarts = 0
+        self.losses = [Losses() for _ in range(spec.processes)]
+
+    @property
+    def restarts(self) -> int:
+        """Preparers started in place of lost ones."""
+        return sum(losses.count for losses in self.losses)
 
     @property
     def states(self) -> list[str]:
@@ -320,9 +326,10 @@ class Preparers:
                 raise StartupError(process.failure)
             if barren > MAX_BARREN:
                 raise StartupError(f"preparers end before they prepare anything: {_how(code)}")
-            self.restarts += 1
+            reason = process.failure or _how(code)
+            self.losses[index].note(process.cause, reason)
             self._metrics.preparer_restarts[process.cause].inc()
-            log.error("preparer %d was lost (%s); starting another", index, process.failure or _how(code))
+            log.error("preparer %d was lost (%s); starting another", index, reason)
             if barren:
                 await asyncio.sleep(0.1 * 2**barren)
 

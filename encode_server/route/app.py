@@ -20,13 +20,16 @@ from encode_server.client import ClientError, EncoderPool, EncodeServerError
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.errors import BadRequest, EncodeError, NoRoute
+from encode_server.page import page_routes
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.route.chat import CHAT, LIMITS, MESSAGES, RESPONSES, media_items, media_parts
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.fleet import Fleet
+from encode_server.route.history import RouteHistory
 from encode_server.route.options import RouteOptions
 from encode_server.route.sglang import SGLangFace
-from encode_server.route.telemetry import Observed, RouteMetrics
+from encode_server.route.status import route_status
+from encode_server.route.telemetry import Observed, PassesOn, RouteMetrics
 from encode_server.route.vllm import ForEngine, VLLMFace
 from encode_server.route.work import Document, concurrently
 from encode_server.runtime.bodies import declared_length, read_all
@@ -51,6 +54,7 @@ class Router:
         self.port = options.port
         self.metrics = RouteMetrics()
         self._pool = ThreadPoolExecutor(4, "work")
+        self.history = RouteHistory()
         self._engine = Engine(options.engine_url) if options.engine_url else None
         limits = AdmissionLimits(options.max_requests, options.max_inflight_mb << 20, 1, options.client_share)
         self._admission = Admission(limits)
@@ -155,6 +159,25 @@ class Router:
         text = self.metrics.render(self._encoders.members.all)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def show_status(self, request: Request) -> Response:
+        """What a person on call wants to see, see `route.status.RouteStatus`."""
+        try:
+            self._keys.client(request)
+        except EncodeError as error:
+            return error_response(error.status, error.message, error.headers)
+        document = route_status(
+            self._encoders.members.all,
+            self.fleet,
+            self.history,
+            engine_url=self._options.engine_url,
+            engine=None if self._engine is None else await self._engine.healthy(),
+            requests_in_progress=self._admission.held.requests,
+            draining=self._draining,
+        )
+        return Response(
+            msgspec.json.encode(document), headers={"Cache-Control": "no-store"}, media_type="application/json"
+        )
+
     async def _state(self) -> dict[str, Any]:
         """`engine`: whether it is well, None where there is none."""
         engine = None if self._engine is None else await self._engine.healthy()
@@ -217,6 +240,7 @@ def create_route_app(options: RouteOptions) -> FastAPI:
             yield
 
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
+    app.add_middleware(PassesOn)
     app.add_middleware(RequestIds)
     for path in (CHAT, RESPONSES, MESSAGES) if router.sglang is not None else (CHAT, RESPONSES):
         app.add_api_route(path, router.chat, methods=["POST"], response_model=None)
@@ -225,9 +249,12 @@ def create_route_app(options: RouteOptions) -> FastAPI:
     app.add_api_route("/livez", router.live, methods=["GET"])
     app.add_api_route("/readyz", router.ready, methods=["GET"])
     app.add_api_route("/metrics", router.show_metrics, methods=["GET"])
+    app.add_api_route("/status", router.show_status, methods=["GET"])
+    if options.page == "on":
+        app.router.routes.extend(page_routes())
     if router.sglang is not None:
         router.sglang.add_routes(app.router)
-    app.add_middleware(Observed, metrics=router.metrics)
+    app.add_middleware(Observed, metrics=router.metrics, history=router.history)
     app.state.router = router
     app.add_api_route("/v1/{path:path}", router.other, methods=METHODS, include_in_schema=False)
     return app

@@ -53,6 +53,7 @@ class RouteOptions:
     client_share: float = 0.5
     least_rate_kb: int = 64
     max_connections: int = 4096
+    page: str = "on"
 
     def __post_init__(self) -> None:
         if self.protocol == "vllm":
@@ -150,6 +151,7 @@ def add_route_options(parser: ArgumentParser) -> None:
     add("--ssl-certfile", metavar="PEM", help="certificate chain: serve HTTPS")
     add("--ssl-keyfile", metavar="PEM", help="its private key")
     add("--grace-s", type=float, metavar="S", help="after SIGTERM: time for streams and parts in progress to end")
+    add("--page", choices=("on", "off"), help="the page at /; what it shows, /status, wants a key of --api-keys")
     add("--log-level", choices=("debug", "info", "warning", "error"), help="least severe level logged")
 
 

@@ -6,17 +6,24 @@ import logging
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from encode_server.client.encoders import Encoder
+from encode_server.client.passed_on import pass_on
+from encode_server.route.history import RouteHistory
+from encode_server.telemetry.ids import current_ids
 from encode_server.telemetry.logs import quoted
+from encode_server.telemetry.request_ids import HEADER
 
 request_log = logging.getLogger("encode_server.requests")
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
-UNLOGGED = frozenset({"/livez", "/readyz", "/health", "/health_generate", "/metrics", "/list_encoder_urls"})
+UNLOGGED = frozenset({"/livez", "/readyz", "/health", "/health_generate", "/metrics", "/status", "/list_encoder_urls"})
+PAGE = "/page/"  # its files are not worth a line each
 KNOWN = frozenset({"/encode", "/scheduler_receive_url", "/v1/chat/completions", "/register_encoder_url"})
 NOTES = "encode_server.notes"
+TRACE = ("traceparent", "tracestate", "baggage")
 
 
 class RouteMetrics:
@@ -76,6 +83,28 @@ class RouteMetrics:
         return generate_latest(self.registry)
 
 
+def _pass_on_trace(scope: Scope) -> None:
+    """Have the encoders see the caller's trace, with its state and baggage untouched, and the request's id."""
+    headers, ids = Headers(scope=scope), current_ids()
+    if ids is None:
+        return
+    trace = {name: headers[name] for name in TRACE if name in headers} if ids.trace_id is not None else {}
+    pass_on({HEADER: ids.request_id} | trace)
+
+
+class PassesOn:
+    """ASGI middleware, to be called below `RequestIds`, which names the request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http":
+            _pass_on_trace(scope)
+        await self._app(scope, receive, send)
+
+
 def note(scope: Scope, **fields: object) -> None:
     """Add to the log line of the request."""
     scope.setdefault(NOTES, {}).update(fields)
@@ -84,8 +113,8 @@ def note(scope: Scope, **fields: object) -> None:
 class Observed:
     """ASGI middleware: counts each request and logs it when the last byte of its answer has gone, or its caller has."""
 
-    def __init__(self, app: ASGIApp, metrics: RouteMetrics) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(self, app: ASGIApp, metrics: RouteMetrics, history: RouteHistory) -> None:
+        self._app, self._metrics, self._history = app, metrics, history
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -109,7 +138,8 @@ class Observed:
             label = path if path in KNOWN or path in UNLOGGED else "other"
             self._metrics.requests.labels(label, str(status)).inc()
             self._metrics.seconds.labels(label).observe(seconds)
-            if path not in UNLOGGED:
+            if path not in UNLOGGED and not path.startswith(PAGE):
+                self._history.end_request(scope["method"], path, status, seconds)
                 notes = "".join(f" {name}={quoted(str(value))}" for name, value in scope.get(NOTES, {}).items())
                 request_log.info(
                     "%s %s status=%d total=%.1fms%s", scope["method"], quoted(path[:200]), status, seconds * 1000, notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,7 +21,8 @@ class Ask:
     does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
     cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol.
     `traceparent`: the trace that the caller's engine names in the body (W3C Trace Context). `model`: the name by which
-    the caller calls the model. `pool`: one vector for each item in place of its rows."""
+    the caller calls the model. `pool`: one vector for each item in place of its rows. `readable`: the destination reads
+    a pushed embedding out of this server's memory, if it can be (NIXL)."""
 
     req_id: str | None
     modality: Modality
@@ -36,6 +38,7 @@ class Ask:
     traceparent: str | None = None
     model: str | None = None
     pool: Pool | None = None
+    readable: bool = False
 
     @property
     def destination(self) -> str:
@@ -45,6 +48,13 @@ class Ask:
         if self.cached:
             return "cache"
         return "answer" if self.prefill_host is None else "push"
+
+    @property
+    def target(self) -> str | None:
+        """The destination by name, for those who look after it; None where the embedding goes to no other process."""
+        if self.prefill_host is None:
+            return "store" if self.stored else None
+        return f"{self.prefill_host}:{self.embedding_port}" if type(self.embedding_port) is int else self.prefill_host
 
 
 class Caller(Protocol):
@@ -64,6 +74,9 @@ class Caller(Protocol):
 
     item_tokens: int | None
     """Encoder tokens that each of the request's items cost on average, once that is known: the answer says so."""
+
+    stages: Mapping[str, float]
+    """Seconds by stage, as far as the request has come: the answer says so."""
 
     async def read(self, charge: Charge) -> Ask:
         """Read and parse the body, charging what arrives before it is kept. Raises EncodeError, CallerGone."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from encode_server.delivery.base import Delivery, Kept
 from encode_server.delivery.destinations import DestinationPolicy
-from encode_server.delivery.native import NativePush
+from encode_server.delivery.native import NativePush, Nixl
 from encode_server.delivery.push import Pusher
-from encode_server.delivery.sglang.deliveries import SGLangDeliveries
+from encode_server.delivery.sglang.deliveries import SGLangDeliveries, SGLangPush
 from encode_server.delivery.sglang.registrations import Offer
 from encode_server.delivery.store import EmbeddingStore, StoreDelivery
 from encode_server.errors import BadRequest, Forbidden
@@ -21,11 +22,13 @@ from encode_server.wire.embedding import Recall
 @dataclass(frozen=True)
 class Destination:
     """A delivery, whether the answer to the caller says nothing about it (SGLang's `null`), and what finds items that
-    were delivered there before."""
+    were delivered there before. `announce`: wants to know the embedding's rows, width and dtype as soon as all items
+    are prepared."""
 
     delivery: Delivery
     silent: bool = False
     recall: Recall | None = None
+    announce: Callable[[str, int, int, str], None] | None = None
 
 
 class Destinations:
@@ -40,10 +43,11 @@ class Destinations:
         store: EmbeddingStore | None,
         *,
         keyed: bool,
+        nixl: Nixl | None = None,
     ) -> None:
         """`keyed`: clients are told apart by their API keys, not by their addresses."""
         self.policy = policy
-        self._keyed = keyed
+        self._keyed, self._nixl = keyed, nixl
         self._pusher, self._pool, self._sglang, self._store = pusher, pool, sglang, store
 
     async def resolve(self, ask: Ask, req_id: str, client: str, held: contextlib.ExitStack) -> Destination | None:
@@ -65,7 +69,8 @@ class Destinations:
         if ask.frames == "sglang" and self._sglang is None:
             raise BadRequest("frames is 'sglang', which only a server with --protocol sglang pushes")
         if self._sglang is not None and ask.frames != "native" and ask.prefill_host is not None:
-            return Destination(await self._to_sglang(self._sglang, ask, ask.prefill_host, client, held), silent=True)
+            push = await self._to_sglang(self._sglang, ask, ask.prefill_host, client, held)
+            return Destination(push, silent=True, announce=push.announce)
         if (ask.prefill_host is None) != (ask.embedding_port is None):
             raise BadRequest("prefill_host and embedding_port go together: one is missing")
         if ask.prefill_host is None or ask.embedding_port is None:
@@ -73,11 +78,11 @@ class Destinations:
         if isinstance(ask.embedding_port, list):
             raise BadRequest("embedding_port is a list, which SGLang's frames alone go to")
         endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port, client=client)
-        return Destination(NativePush(self._pusher, endpoint, self._pool))
+        return Destination(NativePush(self._pusher, endpoint, self._pool, self._nixl if ask.readable else None))
 
     async def _to_sglang(
         self, sglang: SGLangDeliveries, ask: Ask, host: str, client: str, held: contextlib.ExitStack
-    ) -> Delivery:
+    ) -> SGLangPush:
         if ask.embedding_port is None:
             if ask.req_id is None:
                 raise BadRequest("prefill_host without embedding_port waits for registrations, which need a req_id")

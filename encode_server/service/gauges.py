@@ -19,6 +19,10 @@ def show_gauges(server: Server) -> None:
     metrics.arena_held.show(server.arena.used, server.arena.size)
     if (folder := server.folder) is not None:
         metrics.store_held.show(folder.used_bytes, folder.max_bytes)
+    if (shared := server.shared) is not None:
+        metrics.shared_queued.show(shared.queued_bytes, shared.max_queued_bytes)
+        metrics.shared_up["get"].set(shared.asking)
+        metrics.shared_up["put"].set(shared.writing)
     metrics.at_door.set(server.admission.waiting)
     metrics.registrations.set(len(server.sglang.registrations) if server.sglang else 0)
     metrics.ready.set(server.unavailable() is None)

@@ -52,7 +52,7 @@ def models(server: Server) -> dict[str, Any]:
             {
                 "id": name,
                 "object": "model",
-                "created": server.created,
+                "created": int(server.started_at),
                 "owned_by": "encode_server",
                 "root": server.settings.model,
                 "modalities": modalities,

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 
 from encode_server.delivery.base import Part
 from encode_server.errors import BadRequest, DeadlineExceeded, EncodeError, NotReady
@@ -40,7 +41,8 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             join_trace(ask.traceparent)
             req_id = ask.req_id or new_req_id()
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
-            record.destination = ask.destination
+            record.destination, record.target = ask.destination, ask.target
+            caller.stages = record.stages
             describe_request(req_id=req_id, modality=ask.modality, items=len(ask.items), destination=ask.destination)
             deadline = arrived + server.timeout_s(ask.timeout_s or caller.asked_timeout_s)
             most = server.settings.max_answer_mb << 20
@@ -52,6 +54,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
         let_go(gone)
     except EncodeError as error:
         outcome = error.code
+        record.fail(error)
         describe_request(outcome=outcome)
         if error.bound is not None:
             server.metrics.refusals[error.bound].inc()
@@ -59,7 +62,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
             await caller.refuse(error, record.req_id)
         let_go(error)
     record.stages["total"] = time.perf_counter() - started
-    note_end(server.metrics, record, outcome)
+    note_end(server.metrics, server.history, record, outcome)
 
 
 @contextlib.asynccontextmanager
@@ -114,6 +117,8 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
                 destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
                 if destination is not None:
                     request.recall = destination.recall
+                    if destination.announce is not None:
+                        request.on_rows = partial(_announce, server, request, destination.announce)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
                 describe_request(tokens=record.tokens)
@@ -148,6 +153,13 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
             raise known from None
     server.metrics.items[request.modality].inc(len(encoded.items))
     server.metrics.tokens[request.modality].inc(record.tokens)
+
+
+def _announce(
+    server: Server, request: EncodeRequest, announce: Callable[[str, int, int, str], None], rows: int
+) -> None:
+    if server.encoding is not None and (info := server.encoding.engine.info) is not None:
+        announce(request.req_id, rows, info.dims[request.modality], info.dtype)
 
 
 @contextlib.asynccontextmanager

@@ -17,11 +17,12 @@ from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.folder import EntryFolder
+from encode_server.delivery.mooncake import MooncakeEngine
+from encode_server.delivery.nixl import NixlAgent
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
 from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S, SGLangFrames
-from encode_server.delivery.sglang.registrations import Registrations
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.engine.arena import Arena
@@ -40,6 +41,10 @@ from encode_server.pipeline.cache import EmbeddingCache
 from encode_server.pipeline.health import HealthProbe, Verdict
 from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest
+from encode_server.pipeline.shared.cache import SharedCache, SharedLimits
+from encode_server.pipeline.shared.line import Store
+from encode_server.pipeline.shared.mooncake import MooncakeAddress, MooncakeStore, parse_mooncake
+from encode_server.pipeline.shared.redis import RedisAddress, RedisStore, parse_address
 from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
 from encode_server.runtime.cores import usable_cores
@@ -49,8 +54,10 @@ from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
 from encode_server.service.gauges import show_gauges
+from encode_server.service.judgement import keep_watch
 from encode_server.service.keys import ApiKeys
 from encode_server.settings import PRELOAD, Settings, preload_argument
+from encode_server.telemetry.history import History
 from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing
 from encode_server.wire.checkpoint import Inspection
@@ -93,9 +100,10 @@ class Server:
         self.settings, self.tracing = settings, tracing
         self._launched = launched
         self.metrics = Metrics(__version__, settings.dp)
+        self.history = History()
+        self.started_at = time.time()
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
-        self.created = int(time.time())  # for clients that ask when a model came to be
         self.admission = Admission(_admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
@@ -106,6 +114,10 @@ class Server:
         self._limits = media_limits(settings)
         self.destination_policy = DestinationPolicy(settings.destination_allow)
         self.folder = _entry_folder(settings)
+        self.shared: SharedCache | None = None
+        self._shared_address = shared_address(settings)
+        self._mooncake = _mooncake(settings)
+        self._nixl = NixlAgent(settings.nixl_pool_mb << 20) if settings.nixl_pool_mb else None
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -142,17 +154,33 @@ class Server:
             stack.push_async_callback(source.aclose)
             pusher = Pusher(settings.send_timeout_s)
             stack.callback(pusher.close)
+            if self._shared_address is not None:
+                limits = SharedLimits(settings.shared_cache_timeout_ms / 1000, settings.shared_cache_max_mb << 20)
+                self.shared = SharedCache(shared_store(settings, self._shared_address), limits, self.metrics)
+                stack.callback(self.shared.close)
             store = None
             if self.folder is not None:
                 alpha = f"image_alpha={settings.image_alpha}"
                 store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store, alpha)
             if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
-                self.sglang = SGLangDeliveries(pusher, frames, self._pickle, pools.send, settings.send_timeout_s)
+                if self._mooncake is not None:
+                    stack.callback(self._mooncake.close)
+                self.sglang = SGLangDeliveries(
+                    pusher, frames, self._pickle, pools.send, settings.send_timeout_s, self._mooncake
+                )
                 stack.callback(self.sglang.close)
             self.destinations = Destinations(
-                self.destination_policy, pusher, pools.send, self.sglang, store, keyed=bool(settings.api_keys)
+                self.destination_policy,
+                pusher,
+                pools.send,
+                self.sglang,
+                store,
+                keyed=bool(settings.api_keys),
+                nixl=self._nixl,
             )
+            if self._nixl is not None:
+                stack.callback(self._nixl.close)
             self.pools = pools
             stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             self._announcer.start(settings.advertise_port or self.port)
@@ -161,10 +189,10 @@ class Server:
             stack.push_async_callback(_end, life)
             yield
 
-    def registrations(self) -> Registrations:
-        """Which prefill ranks wait for which part (SGLang)."""
+    def sglang_deliveries(self) -> SGLangDeliveries:
+        """Where prefill ranks say what they wait for (SGLang)."""
         assert self.sglang is not None
-        return self.sglang.registrations
+        return self.sglang
 
     async def drain(self) -> None:
         """Say that the server leaves, and withdraw what brings requests here; for `--drain-s` take those that come all
@@ -177,6 +205,11 @@ class Server:
             await asyncio.sleep(self.settings.drain_s)
         self._draining = True
         self._changes.announce()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether the server has been told to end."""
+        return self._leaving
 
     @property
     def model_name(self) -> str:
@@ -307,12 +340,15 @@ class Server:
                 try:
                     async with asyncio.TaskGroup() as group:
                         group.create_task(self._watch_lag())
+                        group.create_task(keep_watch(self))
                         if store is not None:
                             group.create_task(store.run())
                         encoding = self._build(await self._inspect(forkserver), forkserver, source)
                         group.create_task(encoding.engine.run())
                         group.create_task(encoding.preparers.run())
                         group.create_task(encoding.batcher.run())
+                        if self.shared is not None:
+                            group.create_task(self._fingerprint(self.shared, forkserver))
                         self.encoding = encoding
                         self._changes.announce()
                         await self._warm_up(encoding)
@@ -333,6 +369,21 @@ class Server:
             except ForkserverLost:
                 log.warning("the forkserver was lost while the checkpoint was looked up (%d)", attempt + 1)
         raise StartupError("the process that forks ranks and preparers does not live long enough to fork")
+
+    async def _fingerprint(self, shared: SharedCache, forkserver: Forkserver) -> None:
+        """Find out which other servers' embeddings are as good as this one's. Until then the shared cache rests."""
+        settings = self.settings
+        arguments = [settings.model, settings.revision]
+        for _ in range(FORKSERVER_TRIES):
+            try:
+                shared.fingerprint = await forkserver.call(
+                    "encode_server.models.fingerprint:fingerprint", arguments, str
+                )
+                log.info("the shared cache is used for embeddings of %s", shared.fingerprint[:16])
+                return
+            except ForkserverLost:
+                continue
+        log.warning("the shared cache is not used: the checkpoint's files could not be read")
 
     def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
         settings, metrics = self.settings, self.metrics
@@ -372,7 +423,7 @@ class Server:
             max_item_tokens=settings.max_item_tokens,
         )
         health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
-        route = Route(cache, metrics, self.tracing)
+        route = Route(cache, metrics, self.tracing, self.shared, trusting=settings.trust_content_hash)
         return Encoding(self.model_name, engine, preparers, batcher, pipeline, cache, health, route)
 
     def _preparer_spec(self, found: Inspection) -> PreparerSpec:
@@ -450,6 +501,36 @@ def _admission_limits(settings: Settings) -> AdmissionLimits:
     return AdmissionLimits(
         settings.max_requests, settings.max_inflight_mb << 20, settings.max_inflight_tokens, settings.client_share
     )
+
+
+def shared_address(settings: Settings) -> RedisAddress | MooncakeAddress | None:
+    """Where the shared cache is, None where there is none. Raises StartupError."""
+    if settings.shared_cache is None:
+        return None
+    try:
+        if settings.shared_cache.startswith("mooncake:"):
+            return parse_mooncake(
+                settings.shared_cache, settings.mooncake_host, settings.mooncake_protocol, settings.mooncake_device
+            )
+        return parse_address(settings.shared_cache, settings.shared_cache_password_file)
+    except ValueError as error:
+        raise StartupError(f"--shared-cache: {error}") from None
+
+
+def shared_store(settings: Settings, address: RedisAddress | MooncakeAddress) -> Store:
+    """What the shared cache is kept in. Raises StartupError without the package for it."""
+    if isinstance(address, RedisAddress):
+        return RedisStore(address, settings.shared_cache_ttl_s)
+    try:
+        return MooncakeStore(address)
+    except ImportError as error:
+        raise StartupError(f"--shared-cache: pip install 'encode-server[mooncake]' ({error})") from None
+
+
+def _mooncake(settings: Settings) -> MooncakeEngine | None:
+    if settings.mooncake_host is None or settings.protocol != "sglang":
+        return None
+    return MooncakeEngine(settings.mooncake_host, settings.mooncake_protocol, settings.mooncake_device)
 
 
 def _entry_folder(settings: Settings) -> EntryFolder | None:

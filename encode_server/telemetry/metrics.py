@@ -35,6 +35,8 @@ DESTINATIONS = ("answer", "push", "store", "cache")
 ERRORS: tuple[type[EncodeError], ...] = (EncodeError, *EncodeError.__subclasses__())
 OUTCOMES = ("ok", "gone", *sorted({error.code for error in ERRORS}))
 REFUSING = ("requests", "bytes", "tokens", "client_share", "undelivered", "store")
+SHARED_LOOK_UPS = ("hit", "miss", "skipped", "late", "timeout", "unreachable", "refused", "garbled")
+SHARED_WRITES = ("stored", "skipped", "dropped", "too_large", "full", "timeout", "unreachable", "refused")
 GROUP_CAUSES = ("died", "hang", "failed", "divided", "garbled", "not_started")
 PREPARER_CAUSES = ("died", "hang", "overtime", "failed")
 
@@ -121,6 +123,28 @@ class Metrics:
             self._counter("encode_cache_lookups", "Items looked up in the cache, by outcome", "outcome"),
             ("hit", "miss", "shared"),
         )
+        self.shared_look_ups = _children(
+            self._counter("encode_shared_cache_lookups", "Items looked up in the shared cache, by outcome", "outcome"),
+            SHARED_LOOK_UPS,
+        )
+        self.shared_writes = _children(
+            self._counter("encode_shared_cache_writes", "Items written to the shared cache, by outcome", "outcome"),
+            SHARED_WRITES,
+        )
+        self.shared_seconds = _children(
+            Histogram(
+                "encode_shared_cache_seconds",
+                "Time of a look-up, and of a round trip that writes",
+                ["operation"],
+                buckets=STAGE_BUCKETS,
+                registry=registry,
+            ),
+            ("get", "put"),
+        )
+        self.shared_bytes = _children(
+            self._counter("encode_shared_cache_bytes", "Bytes of embeddings read and written", "direction"),
+            ("read", "written"),
+        )
         self.dropped = _children(
             self._counter("encode_dropped_items", "Items ended before their forward, by reason", "reason"),
             ("gone", "late"),
@@ -133,6 +157,9 @@ class Metrics:
         self.arena_held = self._bounded("encode_arena_used_bytes", "Bytes of the arena granted")
         self.undelivered_held = self._bounded("encode_undelivered_bytes", "Bytes of embeddings on their way out")
         self.cache_held = self._bounded("encode_cache_bytes", "Bytes of embeddings in the cache")
+        self.shared_queued = self._bounded(
+            "encode_shared_cache_queued_bytes", "Bytes of embeddings that wait to be written to the shared cache"
+        )
         self.store_held = self._bounded("encode_store_bytes", "Bytes in the embedding store, as last counted")
         self.threads_held = self._bounded("encode_preparer_threads_busy", "Preparers' threads that prepare an item")
         self.refusals = _children(
@@ -149,6 +176,11 @@ class Metrics:
         self.forward_limit = self._gauge("encode_oldest_forward_seconds_limit", "Age at which it counts as a hang")
         self.registrations = self._gauge(
             "encode_registrations", "Parts for which destinations are registered or waited for"
+        )
+
+        self.shared_up = _children(
+            Gauge("encode_shared_cache_up", "1 while the shared cache is asked", ["operation"], registry=registry),
+            ("get", "put"),
         )
 
         # Processes.

@@ -20,7 +20,7 @@ from opentelemetry.trace import Link, Span, SpanContext, Status, StatusCode, Tra
 from encode_server.errors import StartupError
 from encode_server.telemetry.ids import current_ids, enter_request, ids_from_headers
 
-PROBES = frozenset({"/health", "/health_generate", "/livez", "/readyz", "/metrics"})
+PROBES = frozenset({"/health", "/health_generate", "/livez", "/readyz", "/metrics", "/status"})
 FLUSH_S = 2.0  # longest wait at the end for a collector that does not answer
 
 Value = str | int | float | bool

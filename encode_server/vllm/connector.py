@@ -85,8 +85,8 @@ class Missing(ECConnectorWorkerMetadata):  # type: ignore[misc]
 
 class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
     """See the module. Options, in `ec_connector_extra_config`: `bind` (tcp://ADDRESS:PORT), `max_bytes` of embeddings,
-    `lease_s`, `wait_s`. Raises zmq.ZMQError when the address cannot be had, ValueError for a role other than consumer:
-    that ends vLLM's start, as it should."""
+    `lease_s`, `wait_s`, `nixl` (read embeddings out of servers' memory). Raises zmq.ZMQError when the address cannot be
+    had, ValueError for a role other than consumer, ImportError without NIXL: that ends vLLM's start, as it should."""
 
     def __init__(self, vllm_config: Any, role: ECConnectorRole) -> None:
         super().__init__(vllm_config=vllm_config, role=role)
@@ -107,7 +107,8 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         if role == ECConnectorRole.SCHEDULER:
             self._shelf = Shelf(int(options("max_bytes", MAX_BYTES)), float(options("lease_s", LEASE_S)))
             try:
-                self._inbox = Inbox(str(options("bind", BIND)), self._shelf, MAX_ITEM_BYTES)
+                nixl = bool(options("nixl", False))
+                self._inbox = Inbox(str(options("bind", BIND)), self._shelf, MAX_ITEM_BYTES, nixl=nixl)
             except Exception:
                 self._shelf.close()
                 raise

@@ -9,6 +9,7 @@ import zmq
 
 from encode_server.client.assembly import read_part
 from encode_server.client.errors import ProtocolError
+from encode_server.client.remote import RemoteReader
 from encode_server.vllm.shelf import Shelf
 
 logger = logging.getLogger("vllm.encode_server")  # vLLM shows what is logged below its own name
@@ -17,12 +18,14 @@ logger = logging.getLogger("vllm.encode_server")  # vLLM shows what is logged be
 class Inbox:
     """Puts each embedding that arrives at `bind` (`tcp://ADDRESS:PORT`) on the shelf under its `req_id`.
 
-    Raises zmq.ZMQError when the address cannot be had. Anybody who reaches the address can send: bind to a network of
-    trusted hosts.
+    `nixl`: embeddings may be read out of servers' memory. Raises zmq.ZMQError when the address cannot be had. Anybody
+    who reaches the address can send: bind to a network of trusted hosts.
     """
 
-    def __init__(self, bind: str, shelf: Shelf, max_part_bytes: int) -> None:
+    def __init__(self, bind: str, shelf: Shelf, max_part_bytes: int, *, nixl: bool = False) -> None:
         self._shelf = shelf
+        self._reader = RemoteReader() if nixl else None
+        self._max_part_bytes = max_part_bytes
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.linger = 0
@@ -57,7 +60,9 @@ class Inbox:
 
     def _take(self, frames: list[zmq.Frame]) -> None:
         try:
-            part = read_part(frames)
+            part = read_part(frames, remote=self._reader is not None)
+            if part.nbytes > self._max_part_bytes:
+                raise ProtocolError(f"an embedding of {part.nbytes} bytes")
             if part.header.num_parts != 1:
                 raise ProtocolError(f"part {part.header.part_idx} of {part.header.num_parts}, expected a whole item")
         except ProtocolError as error:
@@ -68,7 +73,14 @@ class Inbox:
         header = part.header
         if header.error is not None:
             return  # whoever asked for the embedding has the error as well
-        if self._shelf.put(header.req_id, header.dtype, header.shape, part.data):
+        data = part.data
+        if self._reader is not None and header.memory is not None:
+            try:
+                data = self._reader.read(header.memory, part.nbytes)
+            except ProtocolError as error:
+                logger.warning("an embedding could not be read: %s", error)
+                return
+        if self._shelf.put(header.req_id, header.dtype, header.shape, data):
             self.received += 1
             return
         self.refused += 1

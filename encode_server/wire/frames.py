@@ -1,7 +1,8 @@
 """The frames of a pushed embedding: a msgpack header, then the raw bytes. Shared by the server and `client`.
 
 Two ZMQ frames per part. Frame 0: `EmbeddingHeader` in msgpack. Frame 1: the embedding, contiguous, row-major,
-little-endian, `shape` = [tokens, dim] of `dtype`. A part that failed is one frame, its header's `error` set.
+little-endian, `shape` = [tokens, dim] of `dtype`. A part that failed is one frame, its header's `error` set;
+so is a part that the receiver asked to read by NIXL, its header's `memory` set.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from encode_server.wire.modality import Modality
 
 VERSION = 1
 """Of the frames. It grows when a reader of the present version could not read the frames; see docs/stability.md."""
+
+MEMORY_VERSION = 2
+"""Of a header with `memory`, which only a receiver that asked for it gets."""
 
 
 class ItemInfo(msgspec.Struct, omit_defaults=False):
@@ -37,6 +41,18 @@ class ErrorInfo(msgspec.Struct):
     message: str
 
 
+class RemoteMemory(msgspec.Struct):
+    """Where the embedding is to be read, by NIXL, in place of frame 1: `address` in the memory of the agent `name`,
+    whose metadata is `agent`. `tag`: what the reader notifies the agent of when it has read. `crc`: CRC-32 of the
+    embedding, because the memory holds another embedding by the time a late reader comes."""
+
+    name: str
+    agent: bytes
+    address: int
+    tag: bytes
+    crc: int
+
+
 class EmbeddingHeader(msgspec.Struct):
     """What a receiver needs to place one part of a request. `dtype` is `float32`, `float16` or `bfloat16`. `version`:
     of the frames; a header without it is of version 1."""
@@ -50,6 +66,7 @@ class EmbeddingHeader(msgspec.Struct):
     shape: tuple[int, int] = (0, 0)
     items: list[ItemInfo] = []
     error: ErrorInfo | None = None
+    memory: RemoteMemory | None = None
     version: int = VERSION
 
 

@@ -10,6 +10,8 @@ BACKLOG_HEADER = "X-Encode-Backlog-S"
 CAPACITY_HEADER = "X-Encode-Capacity"
 COST_HEADER = "X-Encode-Item-Tokens"
 
+CONTENT_HEADER = "X-Encode-Content-Hash"  # of a request: what a balancer chooses an encoder by
+
 
 class Load(msgspec.Struct, frozen=True):
     """`backlog_s`: seconds until what the server holds is encoded. `capacity`: encoder tokens (patches, mel frames)

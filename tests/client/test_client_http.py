@@ -80,6 +80,14 @@ async def test_media_of_every_kind_reaches_the_server(server: StandIn, tmp_path:
     assert server.headers[0]["authorization"] == "Bearer secret"
 
 
+async def test_a_balancer_can_tell_the_same_media_from_other_media(server: StandIn) -> None:
+    async with EncodeClient(server.url) as client:
+        for media in (b"one", b"other", b"one", Item(b"one", content_hash="sha256:" + "0" * 5000)):
+            await client.encode([media, b"more"], "image")
+    first, other, again, named = (headers["x-encode-content-hash"] for headers in server.headers)
+    assert first == again and len({first, other, named}) == 3 and len(named) <= 128
+
+
 async def test_media_that_is_none_is_refused_here(server: StandIn, tmp_path: Path) -> None:
     async with EncodeClient(server.url) as client:
         with pytest.raises(ValueError, match="no media"):

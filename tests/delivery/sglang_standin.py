@@ -56,6 +56,6 @@ class SafeUnpickler(pickle.Unpickler):
 def read(frames: list[bytes], receiver: str = RECEIVER, modality: str = MODALITY) -> EmbeddingData:
     """A message as SGLang's receiver takes it, its tensor put together from frame 1."""
     data = SafeUnpickler(frames[0], receiver, modality).load()
-    if data.error_msg is None:
+    if data.error_msg is None and len(frames) > 1:  # by Mooncake the values come another way
         data.embedding = torch.frombuffer(bytearray(frames[1]), dtype=data.dtype).reshape(data.shape)
     return data

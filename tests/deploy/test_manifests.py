@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from encode_server.settings import load_settings
+from encode_server.wire.load import CONTENT_HEADER
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OVERLAYS = ("gpu", "cpu")
@@ -48,6 +50,48 @@ def test_the_monitoring_overlay_renders():
     assert sorted(kinds) == ["ConfigMap", "PrometheusRule", "ScaledObject", "ServiceMonitor"]
 
 
+def test_the_fleet_is_taken_and_route_is_let_in_to_the_encoders():
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    resources = render("fleet")
+    for resource in resources:
+        kubernetes_validate.validate(resource, "1.32", strict=True)
+    named = {(resource["kind"], resource["metadata"]["name"]): resource for resource in resources}
+    pods = named["Service", "encode-server-pods"]["spec"]
+    (url,) = [
+        variable["value"]
+        for variable in pod({"Deployment": named["Deployment", "encode-server-route"]})[1]["env"]
+        if variable["name"] == "ENCODE_ROUTE_ENCODER_DNS"
+    ]
+    assert pods["clusterIP"] == "None" and url == f"http://encode-server-pods:{pods['ports'][0]['port']}"
+    route = named["Deployment", "encode-server-route"]["spec"]["template"]["metadata"]["labels"]
+    let_in = named["NetworkPolicy", "encode-server"]["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"]
+    assert let_in.items() <= route.items()
+    for kind in ("Service", "PodDisruptionBudget", "NetworkPolicy"):
+        selector = named[kind, "encode-server-route"]["spec"]
+        labels = selector.get("podSelector", selector.get("selector"))
+        assert labels.get("matchLabels", labels).items() <= route.items()
+
+
+def test_the_gateway_sends_the_same_content_to_the_same_encoder():
+    resources = {resource["kind"]: resource for resource in render("gateway")}
+    policy = resources["BackendTrafficPolicy"]["spec"]
+    assert policy["loadBalancer"]["consistentHash"]["header"]["name"] == CONTENT_HEADER
+    (backend,) = resources["HTTPRoute"]["spec"]["rules"][0]["backendRefs"]
+    service = resources["Service"]
+    assert (backend["name"], backend["port"]) == (service["metadata"]["name"], service["spec"]["ports"][0]["port"])
+
+
+def test_ray_takes_the_arguments_of_the_ray_service():
+    (resource,) = render("kuberay")
+    (application,) = yaml.safe_load(resource["spec"]["serveConfigV2"])["applications"]
+    pytest.importorskip("ray")
+    from encode_server.cluster.application import Arguments
+
+    module, _, name = application["import_path"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    Arguments.model_validate(application["args"])
+
+
 def test_selectors_find_the_pods_and_only_them(rendered):
     labels = rendered["Deployment"]["spec"]["template"]["metadata"]["labels"]
     for selector in (
@@ -57,6 +101,14 @@ def test_selectors_find_the_pods_and_only_them(rendered):
         rendered["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     ):
         assert selector and selector.items() <= labels.items()
+
+
+def test_clients_and_prefills_need_no_label_of_the_encoders(rendered):
+    policy = rendered["NetworkPolicy"]["spec"]
+    peers = [peer for rule in policy["ingress"] for peer in rule["from"]]
+    peers += [peer for rule in policy["egress"] for peer in rule["to"]]
+    named = [peer["podSelector"]["matchLabels"] for peer in peers if "podSelector" in peer]
+    assert named == [{"encode-server/client": "true"}, {"encode-server/prefill": "true"}]
 
 
 def test_the_pod_outlives_its_requests(rendered, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -23,7 +24,12 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (Debian's package)"),
 ]
 ROOT = Path(__file__).parents[2]
+# As deployed, but for how long a condition must hold: minutes there, a second here.
 RULES = yaml.safe_load((ROOT / "deploy/kubernetes/monitoring/prometheusrule.yaml").read_text())["spec"]
+for _group in RULES["groups"]:
+    for _rule in _group["rules"]:
+        if _rule["alert"] == "EncodeServerRefuses":
+            _rule["for"] = "1s"
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
@@ -74,7 +80,8 @@ class Prometheus:
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[tuple[LiveServer, Prometheus]]:
-    with LiveServer("demo", tmp_path / "s", "--max-requests", "1") as server:
+    store = ("--ec-store", str(tmp_path / "store"), "--ec-store-gb", "0.000001")  # a KiB: no embedding fits
+    with LiveServer("demo", tmp_path / "s", "--max-requests", "1", *store) as server:
         server.healthy()
         prometheus = Prometheus(tmp_path, server.base_url)
         try:
@@ -108,3 +115,19 @@ def test_it_is_scraped_traced_and_alerts_when_its_ranks_are_lost(watched):
     assert eventually(lambda: prometheus.query(firing), 60)
     assert [alert["cause"] for alert in prometheus.query(firing)] == ["died"]
     assert prometheus.query('ALERTS{alertname="EncodeServerStoreFull"}') == []
+
+
+def test_it_alerts_when_requests_are_refused_and_when_the_store_is_full(watched):
+    server, prometheus = watched
+    assert eventually(lambda: prometheus.query('encode_refusals_total{bound="requests"} == 0'), 30)
+    with ThreadPoolExecutor(8) as threads:
+        outcomes = set(threads.map(lambda _: encode(server), range(80)))
+    assert outcomes == {200, 429}
+    stored = {"modality": "image", "delivery": "ec_store"}
+    media = base64.b64encode(noise(56, 56, 2)).decode()
+    body = stored | {"mm_items": [{"url": media, "uuid": "full"}]}
+    assert httpx.post(server.base_url + "/encode", json=body, timeout=60).status_code == 507
+    for alert, label in (("EncodeServerRefuses", 'bound="requests"'), ("EncodeServerStoreFull", "")):
+        firing = f'ALERTS{{alertname="{alert}",alertstate="firing",{label}}}'
+        assert eventually(lambda firing=firing: prometheus.query(firing), 60), alert
+    assert prometheus.query('ALERTS{alertname="EncodeServerRanksLost"}') == []

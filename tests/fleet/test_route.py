@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.fleet.engine_standin import WAIT_S, WORDS, EngineStandIn, served
-from tests.live import LiveServer
+from tests.live import LiveServer, eventually
 from tests.models.samples import clip, png
 
 
@@ -66,6 +66,22 @@ def test_embeddings_are_in_place_when_the_engine_is_asked(fleet, engine, route):
     for part in forwarded["messages"][0]["content"]:
         part.pop("uuid", None)
     assert forwarded == body, "nothing but the names was added"
+
+
+def test_its_page_shows_the_encoders(fleet, route):
+    document = httpx.get(route + "/status", timeout=10).json()
+    assert [row["url"] for row in document["encoders"]] == fleet.urls
+    assert all(row["healthy"] and row["source"] == "options" for row in document["encoders"])
+    assert document["verdict"]["level"] == "well" and document["engine"] is True
+    assert "<title>" in httpx.get(route + "/", timeout=10).text
+
+
+def test_the_encoders_see_the_callers_trace_and_id(fleet, route):
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01", "X-Request-ID": "asked-by-7"}
+    assert post(route, chat(image(png(64, 64, 177))), headers=headers).status_code == 200
+    said = f"id=asked-by-7 trace={trace}"
+    assert eventually(lambda: any(said in server.log for server in (fleet.a, fleet.b)), 10)
 
 
 def test_names_follow_content_and_the_callers_uuid(fleet, engine, route):

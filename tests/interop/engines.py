@@ -87,7 +87,8 @@ class Prefill(Engine):
         port, self.bootstrap_port = free_port(), free_port()
         super().__init__(
             _sglang(checkpoint, backend, port, "--language-only", "--encoder-bootstrap-port", str(self.bootstrap_port))
-            + f"--max-total-tokens 4096 --tp {tp}".split(),
+            + f"--max-total-tokens 4096 --tp {tp}".split()
+            + (["--skip-server-warmup"] if backend == "mooncake" else []),
             port,
             log,
             # Several ranks on one NUMA node have to be told their cores.

@@ -17,6 +17,7 @@ from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.runtime.tracebacks import let_go
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
+from encode_server.telemetry.history import History
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.modality import Modality
 from tests.media.web_server import web_server
@@ -149,6 +150,7 @@ def test_a_failed_request_leaves_nothing_for_the_collector(failure):
             patient=False,
             settings=settings,
             metrics=metrics,
+            history=History(),
             admission=gate,
             undelivered=Undelivered(100, 1),
             destinations=SimpleNamespace(resolve=resolve),

@@ -6,12 +6,14 @@ import base64
 import contextlib
 import signal
 import socket
+import tarfile
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 
-from encode_server import __version__
+from encode_server import __version__, cli
 from tests.live import LiveServer, eventually
 
 KEY = {"Authorization": "Bearer very-secret"}
@@ -43,13 +45,24 @@ def test_it_says_what_it_is_and_drains_before_it_leaves(checkpoint, tmp_path, pi
         assert systemd.recv(100) == b"READY=1"
         assert "ENCODE_SERVER_PREPROC_WORKER is no option, did you mean ENCODE_SERVER_PREPROC_WORKERS?" in server.log
 
-        assert status(server, "/server_info") == 401
+        assert status(server, "/server_info") == 401 and status(server, "/status") == 401
+        assert status(server, "/") == 200, "the page has nothing of the server's: it asks for a key"
+        shown = httpx.get(server.base_url + "/status", headers=KEY, timeout=10)
+        assert shown.json()["verdict"]["level"] == "well" and "very-secret" not in shown.text
         info = httpx.get(server.base_url + "/server_info", headers=KEY, timeout=10)
         document = info.json()
         assert document["version"] == __version__ and document["state"] == "ready"
         assert document["settings"]["api_keys"] == 1 and document["settings"]["drain_s"] == 60
         assert document["packages"]["torch"] and document["encoder"]["dtype"] == "float32"
         assert "very-secret" not in info.text and "drain_s" in document["given"]
+
+        bundle = tmp_path / "bundle.tar.gz"
+        command = ["support-bundle", server.base_url, "--api-key", "very-secret", "--output", str(bundle)]
+        assert cli.main(command) == 0
+        with tarfile.open(bundle) as archive:
+            held = {Path(member.name).name: archive.extractfile(member).read() for member in archive.getmembers()}
+        assert {"server_info.json", "status.json", "health.json", "metrics.txt", "bundle.json"} <= held.keys()
+        assert not any(b"very-secret" in content for content in held.values())
 
         server.process.send_signal(signal.SIGTERM)
         assert eventually(lambda: status(server, "/readyz") == 503, 2)

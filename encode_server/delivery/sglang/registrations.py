@@ -5,21 +5,68 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from encode_server.errors import BadRequest, TooBusy
+from encode_server.errors import BadRequest, DeliveryFailed, Duplicate, EncodeError, TooBusy
 
 EARLY_S = 180.0  # how long a destination may be there before its /encode is
 MAX_EARLY = 16384
 MAX_OFFERS = 256  # destinations of one req_id, of all who register for it
 
 
+class Landing:
+    """Memory of a destination that the embedding is to be written to (Mooncake): `nbytes` at `address` of the engine
+    `session` (`host:port`). `landed` ends when that has happened, or will not.
+
+    The destination may use the memory for something else as soon as it has been told an end. So nothing is written
+    after that, and no end is told while the embedding is being written.
+    """
+
+    def __init__(self, session: str, address: int, nbytes: int) -> None:
+        self.session, self.address, self.nbytes = session, address, nbytes
+        self.landed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._writing = False
+
+    def begin(self) -> bool:
+        """Whether the embedding may be written now. If so, the writer calls `written` afterwards."""
+        self._writing = not self.landed.done()
+        return self._writing
+
+    def written(self, error: EncodeError | None = None) -> None:
+        """The writer is done."""
+        self._writing = False
+        self.end(error)
+
+    def end(self, error: EncodeError | None = None) -> None:
+        """Tell whoever waits, unless the embedding is being written. Only the first word counts."""
+        if self._writing or self.landed.done():
+            return
+        if error is None:
+            self.landed.set_result(None)
+        else:
+            self.landed.set_exception(error)
+            self.landed.exception()  # the caller may be gone
+
+    async def until_landed(self, limit_s: float) -> None:
+        """Return once the embedding has been written. Raises what prevented it, DeliveryFailed when it is not begun
+        within `limit_s` seconds."""
+        try:
+            await asyncio.wait((self.landed,), timeout=limit_s)
+            self.end(DeliveryFailed(f"the embedding was not there within {limit_s:g} s"))
+            await asyncio.wait((self.landed,))
+        finally:
+            self.end(DeliveryFailed("nobody waits for the embedding any more"))
+        self.landed.result()
+
+
 @dataclass(frozen=True)
 class Offer:
-    """A destination, `tcp://address:port`, and the client that registered it."""
+    """A destination, `tcp://address:port`, and the client that registered it. `landing`: None where the embedding goes
+    over the same connection as its header."""
 
     endpoint: str
     client: str
+    landing: Landing | None = field(default=None, compare=False)
 
     @property
     def address(self) -> str:
@@ -78,6 +125,11 @@ class Destinations:
         accepted = (offer.endpoint for offer in self._registration.offers if self._accepts(offer))
         return list(dict.fromkeys(accepted))[: self.wanted]
 
+    def landing(self, endpoint: str) -> Landing | None:
+        """Where the embedding for this destination is written to, None where it is pushed."""
+        offers = (offer for offer in self._registration.offers if offer.endpoint == endpoint and self._accepts(offer))
+        return next(offers).landing
+
     async def arrivals(self) -> AsyncIterator[str]:
         """Each destination once, as they come, until all that are wanted came."""
         given: set[str] = set()
@@ -105,9 +157,12 @@ class Registrations:
         return len(self._known)
 
     def register(self, req_id: str, offer: Offer, wanted: int) -> None:
-        """Note that `offer` wants this part, `wanted` destinations in all. Raises as `Registration.add` does."""
+        """Note that `offer` wants this part, `wanted` destinations in all. Raises as `Registration.add` does, and
+        Duplicate for memory of a destination that has offered memory before."""
         registration = self._known.get(req_id) or Registration()
         if not registration.add(offer, wanted):
+            if offer.landing is not None:
+                raise Duplicate("this destination is registered for this req_id already")
             return
         self._known[req_id] = registration
         timer = asyncio.get_running_loop().call_later(self._early_s, self._expire, req_id, offer)
@@ -149,8 +204,13 @@ class Registrations:
         if not registration.offers:
             del self._known[req_id]
 
+    def _in_use(self, req_id: str) -> bool:
+        return (known := self._known.get(req_id)) is not None and known.users > 0
+
     def _forget(self, req_id: str, offer: Offer) -> None:
         """Count the destination no longer."""
+        if offer.landing is not None and not self._in_use(req_id):
+            offer.landing.end(DeliveryFailed("there is no such embedding any more"))
         early = self._early.get(offer.client, {})
         timer = early.pop((req_id, offer), None)
         if timer is not None:
