@@ -77,7 +77,7 @@ def _described(req_id: str, encoded: Encoded) -> dict[str, Any]:
         "modality": encoded.modality,
         "dtype": encoded.dtype,
         "shape": encoded.shape,
-        "items": [item.info for item in encoded.items],
+        "items": tuple(item.info for item in encoded.items),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from python_multipart.multipart import parse_options_header
@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from encode_server.api.schemas import EncodeBody, ItemBody
+from encode_server.api.schemas import EncodeBody, ItemBody, Sizing
 from encode_server.errors import BadRequest, TooLarge
 from encode_server.pipeline.request import MediaItem
 from encode_server.runtime.bodies import chunks, declared_length, read_all
@@ -31,6 +31,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 FORM_TEXT = 16 << 20  # bytes of one text field: they are decoded on the loop
+LOW_DETAIL = 512  # pixels a side, as OpenAI's API has it
 JSON_BYTES = 1 << 20  # of a JSON body beside its media: decoding them holds the interpreter for some milliseconds
 ITEM_BYTES = 4 << 10  # of them, for each item: two names, options, the URL or what stands for the media
 ITEM_STRINGS = 64
@@ -91,6 +92,7 @@ def _ask(body: EncodeBody, media: list[MediaItem]) -> Ask:
         frames=body.frames,
         readable=body.transport == "nixl",
         timeout_s=body.timeout_s,
+        traceparent=_traceparent(body.time_stats_json),
         model=body.model,
         pool=None if body.pool is None else Pool(body.pool),
     )
@@ -129,14 +131,20 @@ def _media_item(item: str | ItemBody, found: Outline[EncodeBody]) -> MediaItem:
 
 
 def _options(item: ItemBody) -> ItemOptions:
-    return ItemOptions(
-        min_pixels=item.min_pixels,
-        max_pixels=item.max_pixels,
-        fps=item.fps,
-        num_frames=item.num_frames,
-        min_frames=item.min_frames,
-        max_frames=item.max_frames,
-    )
+    sizing = {name: getattr(item, name) for name in Sizing.__struct_fields__}
+    if (beside := item.preprocess_kwargs) is not None:
+        sizing |= {name: getattr(beside, name) for name, value in sizing.items() if value is None}
+    sides = [item.max_long_side_pixel] if item.max_long_side_pixel is not None else []
+    if item.detail == "low":
+        sides.append(LOW_DETAIL)
+    return ItemOptions(**sizing, max_side=min(sides, default=None))
+
+
+def _traceparent(time_stats: Any) -> str | None:
+    """The trace of SGLang's request, where its prefill was told to trace."""
+    for key in ("trace_ctx", "root_span_context", "traceparent"):
+        time_stats = time_stats.get(key) if isinstance(time_stats, dict) else None
+    return time_stats if isinstance(time_stats, str) else None
 
 
 def _form_type(request: Request) -> Headers:

@@ -21,17 +21,26 @@ Port = Annotated[int, msgspec.Meta(ge=-MAX_INT, le=MAX_INT)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
-class ItemBody(msgspec.Struct, kw_only=True):
-    """A media item with options. `url`: http(s) or file URL, data URI, or bare base64. `uuid`: its name in a store."""
+class Sizing(msgspec.Struct, kw_only=True):
+    """How an item is sized or sampled."""
 
-    url: str
-    content_hash: Annotated[str, msgspec.Meta(max_length=128)] | None = None
     min_pixels: PositiveInt | None = None
     max_pixels: PositiveInt | None = None
     fps: Annotated[float, msgspec.Meta(gt=0, le=1e6)] | None = None
     num_frames: PositiveInt | None = None
     min_frames: PositiveInt | None = None
     max_frames: PositiveInt | None = None
+
+
+class ItemBody(Sizing, kw_only=True):
+    """A media item with options. `url`: http(s) or file URL, data URI, or bare base64. `uuid`: its name in a store.
+    `preprocess_kwargs`, `max_long_side_pixel`, `detail`: as SGLang's prefill passes them on."""
+
+    url: str
+    content_hash: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    preprocess_kwargs: Sizing | None = None
+    max_long_side_pixel: PositiveInt | None = None
+    detail: Annotated[str, msgspec.Meta(max_length=64)] | None = None
     uuid: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
 
 
@@ -49,6 +58,7 @@ class EncodeBody(msgspec.Struct, kw_only=True):
     frames: Literal["native", "sglang"] | None = None
     transport: Literal["zmq", "nixl"] | None = None
     timeout_s: Seconds | None = None
+    time_stats_json: Any = None
     model: Annotated[str, msgspec.Meta(max_length=MAX_ID)] | None = None
     pool: Literal["mean", "cls", "model"] | None = None
 

@@ -17,10 +17,11 @@ from encode_server.client.errors import (
     ReceiverClosed,
     ServerUnreachable,
 )
-from encode_server.client.http import Delivered, EncodeClient, Health
+from encode_server.client.http import EncodeClient, Health
 from encode_server.client.media import Item, Media
 from encode_server.client.pool import EncoderPool, EncoderState
 from encode_server.client.receiver import EmbeddingReceiver
+from encode_server.wire.answers import Delivered
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
 

@@ -24,11 +24,11 @@ def item_key(media: Media) -> bytes:
         source = source.media
     if isinstance(source, Path):
         source = str(source)
-    content = source.json[1:-1] if isinstance(source, Written) else source
-    assert not isinstance(content, Item | Path)
-    for end in (content[:SAMPLE_BYTES], content[-SAMPLE_BYTES:]):
-        digest.update(end.encode(errors="replace") if isinstance(end, str) else end)
-    digest.update(len(content).to_bytes(8, "little"))
+    assert not isinstance(source, Item)
+    head, tail, size = _sampled(source)
+    digest.update(head)
+    digest.update(tail)
+    digest.update(size.to_bytes(8, "little"))
     return digest.digest()
 
 
@@ -36,3 +36,16 @@ def by_affinity(key: bytes, named: Sequence[tuple[str, T]]) -> list[T]:
     """The members, `key`'s favourite first. When a member leaves, only its own keys move (rendezvous hashing)."""
     scored = sorted(named, key=lambda member: blake2b(member[0].encode(), key=key[:64]).digest())
     return [member for _, member in scored]
+
+
+def _sampled(source: str | bytes | Written) -> tuple[bytes, bytes, int]:
+    """Both ends of a source, alike for a string and for its JSON, and the length."""
+    if isinstance(source, Written):
+        prefix, text = source.inside
+        head, tail = prefix + bytes(text[:SAMPLE_BYTES]), prefix + bytes(text[-SAMPLE_BYTES:])
+        return head[:SAMPLE_BYTES], tail[-SAMPLE_BYTES:], len(prefix) + len(text)
+    head, tail = (
+        end.encode(errors="replace") if isinstance(end, str) else end
+        for end in (source[:SAMPLE_BYTES], source[-SAMPLE_BYTES:])
+    )
+    return head, tail, len(source)

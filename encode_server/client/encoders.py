@@ -27,8 +27,10 @@ SICK_PROBE_S = 0.5
 PATIENT_PROBES = 20  # of a sick encoder, at SICK_PROBE_S; later ones are further and further apart
 MISSES = 2  # a machine that is short of CPU misses one now and then
 MAX_PLACED = 16384  # items of which is known where they went last
-AHEAD_S = 0.1  # an item leaves its owner when another encoder could begin so much earlier, and
-AHEAD_ITEMS = 2.0  # so many times an item's device time earlier: elsewhere the item may have to be encoded again
+# An item leaves its owner only for an encoder that could begin earlier by both of these: there the item may have to be
+# encoded again.
+AHEAD_S = 0.1
+AHEAD_ITEMS = 2.0  # times an item's device time
 
 
 class Encoder:
@@ -75,8 +77,9 @@ class Encoders:
         self._members: dict[str, Encoder] = {}
         self._watchers: dict[Encoder, asyncio.Task[None]] = {}
         self._watching: asyncio.TaskGroup | None = None
+        self._retiring: dict[Encoder, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
-        self._placed: OrderedDict[bytes, Encoder] = OrderedDict()  # where an item went last, that one the last
+        self._placed: OrderedDict[bytes, Encoder] = OrderedDict()  # where each item went last, newest last
         for url in urls:
             self.add(url)
 
@@ -86,25 +89,35 @@ class Encoders:
         return list(self._members.values())
 
     def add(self, url: str) -> Encoder:
-        """Make the encoder at `url` a member; nothing changes for a URL that is one."""
-        client = self._make(url)
-        if (known := self._members.get(client.base_url)) is not None:
+        """Make the encoder at `url` a member. The URL of a member changes nothing."""
+        url = url.rstrip("/")
+        if (known := self._members.get(url)) is not None:
             return known
-        encoder = self._members[client.base_url] = Encoder(client, self._item_cost)
+        encoder = self._members[url] = Encoder(self._make(url), self._item_cost)
         self._announce()
         if self._watching is not None:
             self._watchers[encoder] = self._watching.create_task(self._watch(encoder))
         return encoder
 
     def remove(self, url: str) -> None:
-        """The encoder is not a member any more: it is given nothing new. What it has in flight goes on."""
+        """The encoder is no longer a member and gets nothing new. Items in flight there go on; its connections are
+        closed after the last of them."""
         encoder = self._members.pop(url.rstrip("/"), None)
         if encoder is None:
             return
         if (watcher := self._watchers.pop(encoder, None)) is not None:
             watcher.cancel()
-        if self._watching is not None:
-            self._watching.create_task(_retire(encoder))
+        retiring = self._retiring[encoder] = asyncio.create_task(_retire(encoder))
+        retiring.add_done_callback(lambda _: self._retiring.pop(encoder, None))
+
+    async def aclose(self) -> None:
+        """Close the connections of all members, and of former ones."""
+        former = dict(self._retiring)
+        for task in former.values():
+            task.cancel()
+        await asyncio.gather(*former.values(), return_exceptions=True)
+        for encoder in (*self.all, *former):
+            await encoder.client.aclose()
 
     async def choose(self, key: bytes, avoid: Collection[Encoder]) -> Encoder:
         """The encoder for an item; waits while none takes requests. One of `avoid` only when no other is left."""
@@ -142,13 +155,15 @@ class Encoders:
 
     def plan(self, keys: Sequence[bytes]) -> list[list[int]]:
         """The items, by index, in groups that go to one encoder each."""
-        with contextlib.ExitStack() as planned:
-            groups: dict[Encoder | None, list[int]] = {}
-            for index, key in enumerate(keys):
-                encoder = self.pick(key)
-                if encoder is not None:
-                    planned.enter_context(encoder.working(1))
-                groups.setdefault(encoder, []).append(index)
+        groups: dict[Encoder | None, list[int]] = {}
+        for index, key in enumerate(keys):
+            encoder = self.pick(key)
+            if encoder is not None:
+                encoder.work.sent(1)  # so that the next item is placed beside this item
+            groups.setdefault(encoder, []).append(index)
+        for encoder, indices in groups.items():
+            if encoder is not None:
+                encoder.work.unsent(len(indices))
         return list(groups.values())
 
     def busy(self, encoder: Encoder, seconds: float) -> None:
@@ -207,12 +222,10 @@ class Encoders:
 
 
 async def _retire(encoder: Encoder) -> None:
-    """Close the connections of one that is no member any more, once nothing is in flight there."""
-    try:
-        while encoder.in_flight:  # noqa: ASYNC110 - seconds do not matter here
-            await asyncio.sleep(1.0)
-    finally:
-        await encoder.client.aclose()
+    """Close the connections of a former member, as soon as nothing is in flight there."""
+    while encoder.in_flight:  # noqa: ASYNC110 - seconds do not matter here
+        await asyncio.sleep(1.0)
+    await encoder.client.aclose()
 
 
 async def _health(encoder: Encoder) -> Health | None:

@@ -16,7 +16,7 @@ from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
 from encode_server.client.media import Media, Piece, items_json
 from encode_server.client.passed_on import passed_on
-from encode_server.wire.frames import ItemInfo
+from encode_server.wire.answers import Delivered
 from encode_server.wire.load import CONTENT_HEADER
 from encode_server.wire.modality import Modality
 
@@ -25,16 +25,6 @@ DEADLINE_MARGIN_S = 5.0
 # Below uvicorn's 5 s, so that a connection isn't used again just as the server closes it.
 KEEPALIVE_S = 4.0
 SEND_BYTES = 512 * 1024
-
-
-class Delivered(msgspec.Struct, frozen=True):
-    """The server's word that an embedding of `shape` = [tokens, dim] and `dtype` is where it was to go."""
-
-    req_id: str
-    dtype: str
-    shape: tuple[int, int]
-    items: tuple[ItemInfo, ...] = ()
-    status: str = "delivered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +140,13 @@ class EncodeClient:
         of `encode`.
         """
         fields = _fields(modality, req_id, num_parts, part_idx)
-        fields |= {"prefill_host": prefill_host, "embedding_port": embedding_port, "frames": "native"}
-        if transport != "zmq":
-            fields["transport"] = transport
-        return await self._deliver(media, fields, timeout_s)
+        to: dict[str, object] = {
+            "prefill_host": prefill_host,
+            "embedding_port": embedding_port,
+            "frames": "native",
+            "transport": transport if transport != "zmq" else None,
+        }
+        return await self._deliver(media, fields | to, timeout_s)
 
     async def store(
         self,
@@ -167,8 +160,7 @@ class EncodeClient:
 
         `media` are `Item`s with a `uuid`. Returns once all are in place. The other arguments are those of `encode`.
         """
-        fields = _fields(modality, req_id, 1, 0) | {"delivery": "ec_store"}
-        return await self._deliver(media, fields, timeout_s)
+        return await self._deliver(media, _fields(modality, req_id) | {"delivery": "ec_store"}, timeout_s)
 
     async def warm(
         self,
@@ -178,9 +170,9 @@ class EncodeClient:
         req_id: str | None = None,
         timeout_s: float | None = None,
     ) -> Delivered:
-        """Has `media` encoded into the server's cache, for a request that will ask for the same; what it is like comes
-        back, the embedding does not. The arguments are those of `encode`."""
-        return await self._deliver(media, _fields(modality, req_id, 1, 0) | {"delivery": "cache"}, timeout_s)
+        """Has `media` encoded into the server's cache, for a request that will ask for the same media. The answer
+        describes the embedding without holding it. The arguments are those of `encode`."""
+        return await self._deliver(media, _fields(modality, req_id) | {"delivery": "cache"}, timeout_s)
 
     async def health(self, *, timeout: float = 5.0) -> Health:
         """What `/health` says within `timeout` seconds. A sick or loading server (503) is an answer, not an error."""
@@ -245,7 +237,7 @@ class EncodeClient:
             raise ServerUnreachable(message, connected=connected) from exc
 
 
-def _fields(modality: Modality | str, req_id: str | None, num_parts: int, part_idx: int) -> dict[str, object]:
+def _fields(modality: Modality | str, req_id: str | None, num_parts: int = 1, part_idx: int = 0) -> dict[str, object]:
     return {"modality": str(modality), "req_id": req_id, "num_parts": num_parts, "part_idx": part_idx}
 
 

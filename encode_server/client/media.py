@@ -17,9 +17,18 @@ PIECE_BYTES = 3 * 128 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A URL, data URI or bare base64 that is JSON already, quotes included: it is sent on without a copy."""
+    """A URL, data URI or bare base64 that is JSON already, quotes included: it is sent on without a copy.
+
+    `prefix`: JSON without quotes that is to stand before the text of `json`.
+    """
 
     json: memoryview
+    prefix: bytes = b""
+
+    @property
+    def inside(self) -> tuple[bytes, memoryview]:
+        """What stands between the quotes, in pieces."""
+        return self.prefix, self.json[1:-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +37,9 @@ class Item:
 
     `media`: a URL, data URI or bare base64 (`str`), the file's content (`bytes`), or a local file (`Path`).
     `min_pixels`, `max_pixels`: bounds of an image's or frame's area. `fps`: frames sampled per second of video, at most
-    `max_frames` of them. `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of
-    its embedding in a store. None leaves the server's own choice.
+    `max_frames` of them. `max_long_side_pixel`: longest side an image may have; `detail`: `low` means 512 of these.
+    `content_hash`: `sha256:<hex>` of the media bytes, verified by the server. `uuid`: the name of its embedding in a
+    store. None leaves the server's own choice.
     """
 
     media: str | bytes | Path | Written
@@ -37,6 +47,8 @@ class Item:
     max_pixels: int | None = None
     fps: float | None = None
     max_frames: int | None = None
+    max_long_side_pixel: int | None = None
+    detail: str | None = None
     content_hash: str | None = None
     uuid: str | None = None
 
@@ -74,7 +86,7 @@ async def _item_json(item: Media) -> list[Piece]:
 
 async def _source_json(media: str | bytes | Path | Written) -> list[Piece]:
     if isinstance(media, Written):
-        return [media.json]
+        return [b'"', *media.inside, b'"'] if media.prefix else [media.json]
     if isinstance(media, str):
         return [msgspec.json.encode(media)]
     if isinstance(media, Path):

@@ -114,8 +114,7 @@ class EncoderPool:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.wait([self._watcher])
-        for encoder in self._encoders.all:
-            await encoder.client.aclose()
+        await self._encoders.aclose()
 
     @property
     def encoders(self) -> tuple[EncoderState, ...]:

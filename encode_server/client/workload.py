@@ -27,7 +27,7 @@ class ItemCost:
 
 
 class Workload:
-    """One encoder's work. `sent` and `ended` tell of items; `note` takes an answer's headers."""
+    """One encoder's work. `sent`, `unsent` and `ended` tell of items; `note` takes an answer's headers."""
 
     def __init__(self, item_cost: ItemCost) -> None:
         self._item_cost = item_cost
@@ -53,6 +53,11 @@ class Workload:
         """The encoder was given so many items."""
         self.in_flight += items
         self._unreported += items
+
+    def unsent(self, items: int) -> None:
+        """So many items were only planned, and never given to the encoder."""
+        self.in_flight -= items
+        self._unreported = max(0, self._unreported - items)
 
     def ended(self, items: int) -> None:
         """So many items are answered, or were given up."""

@@ -27,8 +27,8 @@ READ = 4 << 20  # bytes
 
 def fingerprint(arguments: tuple[str, dict[str, Any]]) -> str:
     """For `arguments` (the checkpoint's directory, options that change embeddings): a digest that is equal for servers
-    whose embeddings are interchangeable, and differs where these options, the weights of the encoder, any configuration file
-    of the checkpoint, this program or a library differ at all. Neither the checkpoint's name nor its place matter.
+    whose embeddings are interchangeable, and differs where these options, the weights of the encoder, any configuration
+    file of the checkpoint, this program or a library differ at all. Neither the checkpoint's name nor its place matter.
 
     Reads the encoder's weights once, a gigabyte in about a second: call it in a child process.
 

@@ -106,6 +106,8 @@ class Preprocessor:
 
         image = decode_image(data, self._limits)
         on_decoded()
+        if options.max_side is not None:
+            image.thumbnail((options.max_side, options.max_side))
         processor = self._processors[Modality.IMAGE]
         sizing = self._sizing(processor, options)
         self._check_enlarged(processor, options, 1)

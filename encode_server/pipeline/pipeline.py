@@ -24,9 +24,10 @@ from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing, recorded_context
-from encode_server.wire.embedding import Encoded, EncodedItem, embedding_bytes
+from encode_server.wire.embedding import Encoded, EncodedItem, Wanted, embedding_bytes
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
+from encode_server.wire.metadata import metadata_of
 from encode_server.wire.modality import Modality
 from encode_server.wire.pools import POOLED_TOKENS, Pool
 from encode_server.wire.preparers import PreparedItem
@@ -149,16 +150,20 @@ class Pipeline:
             # The true digest would tell whoever cannot read the media what they are.
             raise BadRequest("content_hash is not that of the media")
         if route.cache is None:
-            return await self._compute(request, route, item, media, digest)
+            there = await self._recalled(request, route, item, digest)
+            return there if there is not None else await self._compute(request, route, item, media, digest)
         key = CacheKey(request.modality, digest, item.options)
         computed = False
 
         async def compute() -> EncodedItem:
             nonlocal computed
+            if (found := await self._recalled(request, route, item, digest)) is not None:
+                computed = True  # what is read from the store is charged like what is encoded
+                return found
             info = await self._engine.until_ready()
             kind = info.dtype, _dim(info, request.modality, item.options.pool)
             if route.shared is not None and (found := await route.shared.get(key, *kind)) is not None:
-                return found
+                return _described(found, info, request.modality, item.options)
             computed = True
             ours = await self._compute(request, route, item, media, digest)
             if route.shared is not None:
@@ -179,6 +184,7 @@ class Pipeline:
             info = await self._engine.until_ready()
             dim = _dim(info, request.modality, item.options.pool)
             if (kept := await route.shared.get(key, info.dtype, dim)) is not None:
+                kept = _described(kept, info, request.modality, item.options)
                 route.cache.keep(key, kept)
         return None if kept is None else _shared(request, item, kept)
 
@@ -186,6 +192,18 @@ class Pipeline:
         if isinstance(item.source, bytes):
             return item.source
         return await self._source.fetch(item.source, request.grow, request.client)
+
+    async def _recalled(self, request: EncodeRequest, route: Route, item: MediaItem, digest: str) -> EncodedItem | None:
+        """The item from where a former request has left it. The shared cache is not given such an item: the store goes
+        by the model's name, the shared cache by the checkpoint's weights."""
+        if request.recall is None:
+            return None
+        info = await self._engine.until_ready(route.group)
+        dim = _dim(info, request.modality, item.options.pool)
+        wanted = Wanted(item.uuid, item.options, request.modality, digest, self._model, info.dtype, dim)
+        if (kept := await request.recall(wanted, request.expect)) is not None:
+            request.has_rows(item, kept.info.tokens)
+        return kept
 
     async def _compute(
         self, request: EncodeRequest, route: Route, item: MediaItem, media: bytes, digest: str
@@ -253,7 +271,8 @@ class Pipeline:
         if route.metrics is not None:
             route.metrics.preprocessed[request.modality].inc()
         grid = list(prepared.grid_thw) if prepared.grid_thw else None
-        return EncodedItem(ItemInfo(tokens, grid, digest), extra, embedding)
+        encoded = EncodedItem(ItemInfo(tokens, grid, digest), extra, embedding)
+        return _described(encoded, info, request.modality, item.options)
 
 
 class _StageClock:
@@ -285,6 +304,14 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
 def _dim(info: EncoderInfo, modality: Modality, pool: Pool | None) -> int:
     """The width of an embedding."""
     return info.pooled[modality] if pool is Pool.MODEL else info.dims[modality]
+
+
+def _described(item: EncodedItem, info: EncoderInfo, modality: Modality, options: ItemOptions) -> EncodedItem:
+    """The item with what an engine takes in place of the media, and with the options that the item was encoded with."""
+    metadata = None
+    if options.pool is None:  # one vector has no place in a prompt
+        metadata = metadata_of(info.model_type, modality, item.info.grid_thw, item.extra)
+    return replace(item, info=msgspec.structs.replace(item.info, metadata=metadata), options=options)
 
 
 def _shared(request: EncodeRequest, item: MediaItem, kept: EncodedItem) -> EncodedItem:

@@ -10,6 +10,7 @@ import msgspec
 
 from encode_server.errors import TooLarge
 from encode_server.pipeline.admission import Ticket
+from encode_server.wire.embedding import Recall
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 from encode_server.wire.pools import Pool
@@ -45,8 +46,8 @@ class MediaItem:
 class EncodeRequest:
     """A request in progress. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line.
     `ticket`: the request's place in the admission, which a health probe does not take. `max_embedding_bytes`: of all
-    its items together. `on_rows`: called once, with the rows of its embedding, as soon as all items have been prepared
-    or found."""
+    its items together. `recall`: finds an item where a former request has left it. `on_rows`: called once, with the
+    rows of its embedding, as soon as all items have been prepared or found."""
 
     req_id: str
     modality: Modality
@@ -55,6 +56,7 @@ class EncodeRequest:
     ticket: Ticket | None = None
     stages: dict[str, float] = field(default_factory=dict)
     max_embedding_bytes: int | None = None
+    recall: Recall | None = None
     on_rows: Callable[[int], None] | None = None
     _embedding_bytes: int = 0
     _rows: dict[int, int] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote
@@ -16,14 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from encode_server import __version__
-from encode_server.client import ClientError, EncoderPool, EncodeServerError, Item, Modality
-from encode_server.client.media import Piece
+from encode_server.client import ClientError, EncoderPool, EncodeServerError
 from encode_server.delivery.destinations import DestinationPolicy
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.errors import BadRequest, EncodeError, NoRoute
 from encode_server.page import page_routes
 from encode_server.pipeline.admission import Admission, AdmissionLimits
-from encode_server.route.chat import LIMITS, media_items, media_parts, name_parts, renames
+from encode_server.route.chat import CHAT, LIMITS, MESSAGES, RESPONSES, media_items, media_parts
 from encode_server.route.engine import Engine, error_response
 from encode_server.route.fleet import Fleet
 from encode_server.route.history import RouteHistory
@@ -31,13 +30,14 @@ from encode_server.route.options import RouteOptions
 from encode_server.route.sglang import SGLangFace
 from encode_server.route.status import route_status
 from encode_server.route.telemetry import Observed, PassesOn, RouteMetrics
+from encode_server.route.vllm import ForEngine, VLLMFace
+from encode_server.route.work import Document, concurrently
 from encode_server.runtime.bodies import declared_length, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.runtime.outline import Outline, outline
 from encode_server.runtime.pools import Pace, run_sized
 from encode_server.service.keys import ApiKeys
 from encode_server.telemetry.request_ids import RequestIds
-from encode_server.wire.names import PUSHED_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,9 @@ class Router:
                 max_waiting_bytes=options.max_waiting_mb << 20,
                 least_rate=options.least_rate_kb << 10,
             )
+        self.vllm = None
+        if options.protocol == "vllm" and self._engine is not None:
+            self.vllm = VLLMFace(self._encoders, self._engine, self.metrics, options)
         self._keys = ApiKeys(options.api_keys)
         self._announcer = Announcer(
             options.register_url,
@@ -116,7 +119,8 @@ class Router:
         return any(state.healthy for state in self._encoders.encoders)
 
     async def chat(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
+        """A request that may hold media: chat completions, responses, and before SGLang Anthropic's messages. vLLM
+        takes no names in messages, and would not find an embedding."""
         return await self._answered(request, encode=True)
 
     async def other(self, request: Request) -> Response:
@@ -192,12 +196,15 @@ class Router:
                     return refusal
                 options = self._options
                 raw = await read_all(request, options.max_body_mb << 20, options.least_rate_kb << 10, ticket.grow)
-                content: list[Piece] = [raw]
                 async with until_caller_goes(request):
+                    ready = ForEngine([raw])
                     if encode:
-                        content = await self._encoded(raw)
-                    del raw  # `content` is emptied as the engine takes it
-                    return await self._engine.forward(request.method, target, request.headers, content)
+                        ready = await self._encoded(request.scope["path"], request.headers, raw)
+                    del raw  # the pieces of `ready` are given away as the engine takes them
+                    if self.vllm is not None:
+                        return await self.vllm.forward(request.method, target, request.headers, ready)
+                    answer = await self._engine.send(request.method, target, request.headers, ready.content)
+                    return self._engine.passed_on(answer)
         except CallerGone:
             return Response(status_code=CALLER_GONE)
         except EncodeError as error:
@@ -210,40 +217,17 @@ class Router:
             late = isinstance(error, TimeoutError)
             return error_response(504 if late else 502, "media could not be encoded: no encoder answered")
 
-    async def _encoded(self, raw: bytearray) -> list[Piece]:
-        """The request with its media named, once their embeddings are where the engine looks for them."""
-        size, unchanged = len(raw), [raw]
-        found: Outline[Any] = await run_sized(self._pool, Pace.JSON, size, outline, raw, object, LIMITS)
-        parts = media_parts(found)
+    async def _encoded(self, path: str, headers: Mapping[str, str], raw: bytearray) -> ForEngine:
+        """The request, once its media are encoded."""
+        found: Outline[Any] = await run_sized(self._pool, Pace.JSON, len(raw), outline, raw, object, LIMITS)
+        parts = media_parts(found, path)
         if not parts:
-            return [*unchanged]
-        if self.sglang is None and renames(found.body):
-            log.warning("mm_processor_kwargs or media_io_kwargs given: the engine encodes this request's media itself")
-            return [*unchanged]
-        if self.sglang is not None:
-            items = await run_sized(self._pool, Pace.HASH, size, media_items, parts)
-            await self._each(items, self._encoders.warm)
-            return [*unchanged]
-        prefix = PUSHED_PREFIX if self._options.engine_receives else ""
-        named = await run_sized(self._pool, Pace.HASH, size, name_parts, parts, self._options.video_fps, prefix)
-        await self._each(named, self._push if self._options.engine_receives else self._encoders.store)
-        document = await run_sized(self._pool, Pace.JSON, min(size, LIMITS.max_bytes), msgspec.json.encode, found.body)
-        return found.restored(document)
-
-    async def _push(self, items: list[Item], modality: Modality) -> None:
-        host, _, port = (self._options.engine_receives or "").rpartition(":")
-        await self._encoders.hand_over(items, modality, prefill_host=host.strip("[]"), embedding_port=int(port))
-
-    async def _each(
-        self, items: dict[Modality, list[Item]], encode: Callable[[list[Item], Modality], Awaitable[object]]
-    ) -> None:
-        """Have the items of each modality encoded, concurrently. Raises the first failure."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for modality, some in items.items():
-                    group.create_task(_awaited(encode(some, modality)))
-        except BaseExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            return ForEngine([raw])
+        if self.vllm is None:
+            items = await run_sized(self._pool, Pace.HASH, len(raw), media_items, parts)
+            await concurrently(items, self._encoders.warm)
+            return ForEngine([raw])
+        return await self.vllm.encoded(path, headers, Document(raw, found, self._pool), parts)
 
 
 def create_route_app(options: RouteOptions) -> FastAPI:
@@ -258,7 +242,8 @@ def create_route_app(options: RouteOptions) -> FastAPI:
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
     app.add_middleware(PassesOn)
     app.add_middleware(RequestIds)
-    app.add_api_route("/v1/chat/completions", router.chat, methods=["POST"], response_model=None)
+    for path in (CHAT, RESPONSES, MESSAGES) if router.sglang is not None else (CHAT, RESPONSES):
+        app.add_api_route(path, router.chat, methods=["POST"], response_model=None)
     app.add_api_route("/health", router.health, methods=["GET"])
     app.add_api_route("/health_generate", router.health, methods=["GET"], include_in_schema=False)
     app.add_api_route("/livez", router.live, methods=["GET"])
@@ -273,10 +258,6 @@ def create_route_app(options: RouteOptions) -> FastAPI:
     app.state.router = router
     app.add_api_route("/v1/{path:path}", router.other, methods=METHODS, include_in_schema=False)
     return app
-
-
-async def _awaited(work: Awaitable[object]) -> None:
-    await work
 
 
 def _target(request: Request) -> bytes:

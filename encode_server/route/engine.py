@@ -84,11 +84,12 @@ class Engine:
             self._admitted[known] = now + ADMITTED_S
         return None
 
-    async def forward(
+    async def send(
         self, method: str, target: bytes, headers: Mapping[str, str], content: list[Piece]
-    ) -> StreamingResponse:
+    ) -> httpx.Response:
         """Send a request on, `target` as it came. The pieces of its body are taken from `content`, which keeps none.
-        Returns when the engine has begun to answer. Raises DeliveryFailed when the engine does not answer."""
+        Returns when the engine has begun to answer; the caller closes the answer, or passes it on. Raises
+        DeliveryFailed when the engine does not answer."""
         kept = {name: value for name, value in headers.items() if name.lower() not in NOT_FORWARDED}
         if (ids := current_ids()) is not None:
             kept[HEADER.lower()] = ids.request_id
@@ -98,14 +99,28 @@ class Engine:
         request = self._http.build_request(method, "/", headers=kept, content=_given_away(content) if size else None)
         request.extensions["target"] = self._prefix + target
         try:
-            answer = await self._http.send(request, stream=True)
+            return await self._http.send(request, stream=True)
         except httpx.RequestError as error:
             raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
+
+    def passed_on(self, answer: httpx.Response) -> StreamingResponse:
+        """The engine's answer as it arrives."""
         response = StreamingResponse(_chunks(answer), answer.status_code)
         for name, value in answer.headers.multi_items():
             if name.lower() not in NOT_RETURNED:
                 response.headers.append(name, value)
         return response
+
+    async def ask(self, target: bytes, headers: Mapping[str, str], content: list[Piece]) -> tuple[int, bytes]:
+        """A question of the proxy's own, with the credentials of a caller: status and body of the answer. `content` as
+        in `send`. Raises DeliveryFailed."""
+        answer = await self.send("POST", target, headers, content)
+        try:
+            return answer.status_code, await answer.aread()
+        except httpx.RequestError as error:
+            raise DeliveryFailed(f"the engine broke off its answer: {error or type(error).__name__}") from None
+        finally:
+            await answer.aclose()
 
     async def healthy(self) -> bool:
         """Whether its `/health` answers 200."""

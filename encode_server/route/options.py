@@ -11,11 +11,13 @@ from encode_server.client.encoders import Choice
 from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S
 from encode_server.errors import BadRequest, StartupError
 from encode_server.route.fleet import split_url
+from encode_server.wire.modality import Modality
 
 ENV_PREFIX = "ENCODE_ROUTE_"
 TIMEOUT_S = 60.0
 
 Protocol = Literal["vllm", "sglang"]
+ForwardMedia = Literal["auto", "always"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class RouteOptions:
     port: int = 8000
     timeout_s: float | None = None
     video_fps: float = 2.0
+    forward_media: ForwardMedia = "auto"
+    engine_renames: tuple[str, ...] = ()
     max_body_mb: int = 128
     max_waiting_mb: int = 4096
     choice: Choice = "content"
@@ -68,6 +72,8 @@ class RouteOptions:
                 split_url(url.rstrip("/"))
             except BadRequest as error:
                 raise StartupError(f"--encoder-dns: {error.message}") from None
+        if unknown := set(self.engine_renames) - set(Modality):
+            raise StartupError(f"--engine-renames: got {', '.join(sorted(unknown))}, takes image, video, audio")
         if self.max_waiting_mb < self.max_body_mb:
             raise StartupError("--max-waiting-mb is below --max-body-mb: a body of full size could never come in")
         if min(self.max_requests, self.max_inflight_mb, self.max_body_mb, self.max_connections) < 1:
@@ -115,6 +121,16 @@ def add_route_options(parser: ArgumentParser) -> None:
     add("--port", type=int, help="port to listen on; 0 picks a free one")
     add("--timeout-s", type=float, metavar="S", help="longest time for encoding media; none: 60, sglang 170")
     add("--video-fps", type=float, metavar="N", help="frames per second that vLLM takes of a video")
+    add(
+        "--forward-media",
+        choices=get_args(ForwardMedia),
+        help="vllm: whether media go to the engine; auto: metadata in their place where the model's form is known",
+    )
+    add_list(
+        "--engine-renames",
+        "vllm: a modality whose items the engine gives names of its own: it was started with --media-io-kwargs",
+        "MODALITY",
+    )
     add("--max-body-mb", type=int, metavar="MB", help="largest request body")
     add("--max-waiting-mb", type=int, metavar="MB", help="sglang: bodies held while they are encoded; more wait unread")
     add("--max-requests", type=int, metavar="N", help="requests not answered yet; beyond it 429")
@@ -139,7 +155,7 @@ def add_route_options(parser: ArgumentParser) -> None:
     add("--log-level", choices=("debug", "info", "warning", "error"), help="least severe level logged")
 
 
-LISTS = ("encoder_url", "encoder_dns", "register_url", "register_allow", "api_keys")
+LISTS = ("encoder_url", "encoder_dns", "register_url", "register_allow", "api_keys", "engine_renames")
 
 
 def route_options(given: dict[str, Any]) -> RouteOptions:

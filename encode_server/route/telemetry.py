@@ -44,6 +44,24 @@ class RouteMetrics:
         self.part_failures = Counter(
             "route_part_failures", "Attempts at an encoder that failed, by reason", ["reason"], registry=self.registry
         )
+        self.media = Counter(
+            "route_media",
+            "Media items by what the engine was given: metadata, media, or left: it encodes them itself",
+            ["modality", "form"],
+            registry=self.registry,
+        )
+        self.metadata_refused = Counter(
+            "route_metadata_refused",
+            "Requests with metadata that the engine answered with this status, and took with media",
+            ["status"],
+            registry=self.registry,
+        )
+        self.engine_renames = Gauge(
+            "route_engine_renames",
+            "1 when the engine gives items of the modality other names: it finds no embedding",
+            ["modality"],
+            registry=self.registry,
+        )
         self.in_progress = Gauge("route_requests_in_progress", "Requests not ended", registry=self.registry)
         self.held_bytes = Gauge("route_held_bytes", "Bytes of parts in progress", registry=self.registry)
         self.encoder_up = Gauge("route_encoder_up", "1 when the encoder is well", ["encoder"], registry=self.registry)

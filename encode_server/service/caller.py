@@ -20,8 +20,9 @@ class Ask:
     """What a caller asks for. `embedding_port`: one port, several (SGLang), or None. `timeout_s`: None where the caller
     does not say. `stored`: the embedding is to be written to the store. `cached`: the embedding stays in this server's
     cache, and the answer says only what it is like. `frames`: whose frames are pushed, None for those of --protocol.
-    `model`: the name by which the caller calls the model. `pool`: one vector for each item in place of its rows.
-    `readable`: the destination reads a pushed embedding out of this server's memory, if it can be (NIXL)."""
+    `traceparent`: the trace that the caller's engine names in the body (W3C Trace Context). `model`: the name by which
+    the caller calls the model. `pool`: one vector for each item in place of its rows. `readable`: the destination reads
+    a pushed embedding out of this server's memory, if it can be (NIXL)."""
 
     req_id: str | None
     modality: Modality
@@ -34,6 +35,7 @@ class Ask:
     cached: bool = False
     frames: Literal["native", "sglang"] | None = None
     timeout_s: float | None = None
+    traceparent: str | None = None
     model: str | None = None
     pool: Pool | None = None
     readable: bool = False

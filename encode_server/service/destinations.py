@@ -13,18 +13,21 @@ from encode_server.delivery.native import NativePush, Nixl
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries, SGLangPush
 from encode_server.delivery.sglang.registrations import Offer
-from encode_server.delivery.store import EmbeddingStore
+from encode_server.delivery.store import EmbeddingStore, StoreDelivery
 from encode_server.errors import BadRequest, Forbidden
 from encode_server.service.caller import Ask
+from encode_server.wire.embedding import Recall
 
 
 @dataclass(frozen=True)
 class Destination:
-    """A delivery, and whether the answer to the caller says nothing about it (SGLang's `null`). `announce`: wants to
-    know the embedding's rows, width and dtype as soon as all items are prepared."""
+    """A delivery, whether the answer to the caller says nothing about it (SGLang's `null`), and what finds items that
+    were delivered there before. `announce`: wants to know the embedding's rows, width and dtype as soon as all items
+    are prepared."""
 
     delivery: Delivery
     silent: bool = False
+    recall: Recall | None = None
     announce: Callable[[str, int, int, str], None] | None = None
 
 
@@ -61,7 +64,8 @@ class Destinations:
                 raise BadRequest("delivery is 'cache', which goes without prefill_host and embedding_port")
             return Destination(Kept())
         if ask.stored:
-            return Destination(self._to_store(ask))
+            store = self._to_store(ask)
+            return Destination(store, recall=store.recall)
         if ask.frames == "sglang" and self._sglang is None:
             raise BadRequest("frames is 'sglang', which only a server with --protocol sglang pushes")
         if self._sglang is not None and ask.frames != "native" and ask.prefill_host is not None:
@@ -95,7 +99,7 @@ class Destinations:
         key of the request itself, or the operator allowed its network by name."""
         return (self._keyed and offer.client == client) or self.policy.named(offer.address)
 
-    def _to_store(self, ask: Ask) -> Delivery:
+    def _to_store(self, ask: Ask) -> StoreDelivery:
         if ask.prefill_host is not None or ask.embedding_port is not None:
             raise BadRequest("delivery is 'ec_store', which goes without prefill_host and embedding_port")
         if self._store is None:

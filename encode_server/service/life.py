@@ -21,7 +21,7 @@ from encode_server.service.destinations import Destination
 from encode_server.service.record import Record, new_req_id, note_end
 from encode_server.service.server import Server
 from encode_server.telemetry.logs import quoted
-from encode_server.telemetry.tracing import describe_request
+from encode_server.telemetry.tracing import describe_request, join_trace
 from encode_server.wire.modality import Modality
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ async def serve_encode(server: Server, caller: Caller) -> None:
         arrived = time.monotonic()
         async with _admitted(server, caller) as ticket:
             ask = await _read(server, caller, ticket, arrived)
+            join_trace(ask.traceparent)
             req_id = ask.req_id or new_req_id()
             record.req_id, record.modality, record.items = req_id, ask.modality, len(ask.items)
             record.destination, record.target = ask.destination, ask.target
@@ -114,8 +115,10 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
         try:
             async with caller.until_gone(), _until(request.deadline):
                 destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
-                if destination is not None and destination.announce is not None:
-                    request.on_rows = partial(_announce, server, request, destination.announce)
+                if destination is not None:
+                    request.recall = destination.recall
+                    if destination.announce is not None:
+                        request.on_rows = partial(_announce, server, request, destination.announce)
                 encoded = await server.encode(request)
                 record.tokens = encoded.shape[0]
                 describe_request(tokens=record.tokens)

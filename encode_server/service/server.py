@@ -160,7 +160,8 @@ class Server:
                 stack.callback(self.shared.close)
             store = None
             if self.folder is not None:
-                store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store)
+                alpha = f"image_alpha={settings.image_alpha}"
+                store = EmbeddingStore(self.folder, settings.ec_store_age_s, pools.store, alpha)
             if settings.protocol == "sglang":
                 frames = SGLangFrames(settings.sglang_receiver_module, settings.sglang_modality_module)
                 if self._mooncake is not None:

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry import trace
@@ -17,6 +18,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Link, Span, SpanContext, Status, StatusCode, TracerProvider
 
 from encode_server.errors import StartupError
+from encode_server.telemetry.ids import current_ids, enter_request, ids_from_headers
 
 PROBES = frozenset({"/health", "/health_generate", "/livez", "/readyz", "/metrics", "/status"})
 FLUSH_S = 2.0  # longest wait at the end for a collector that does not answer
@@ -84,6 +86,20 @@ def describe_request(**attributes: Value | None) -> None:
     span = trace.get_current_span()
     if span.is_recording():
         span.set_attributes({f"encode.{name}": value for name, value in attributes.items() if value is not None})
+
+
+def join_trace(traceparent: str | None) -> None:
+    """A trace that a body names: the current request's span links to it; without a span, log lines carry its id. One
+    that is none counts as absent."""
+    ids, named = current_ids(), ids_from_headers(None, traceparent)
+    if ids is None or named.trace_id is None or traceparent is None:
+        return
+    span = trace.get_current_span()
+    if span.is_recording():
+        flags = trace.TraceFlags(trace.TraceFlags.SAMPLED if named.sampled else trace.TraceFlags.DEFAULT)
+        span.add_link(SpanContext(int(named.trace_id, 16), int(traceparent.split("-")[2], 16), True, flags))
+    elif ids.trace_id is None:
+        enter_request(replace(ids, trace_id=named.trace_id, sampled=named.sampled))
 
 
 def fastapi_telemetry(tracing: Tracing | None) -> Any:

@@ -11,6 +11,7 @@ the workers' read from there. Nothing here raises into the engine: an exception 
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import (
 
 from encode_server.vllm.inbox import Inbox
 from encode_server.vllm.shelf import Entry, Shelf, read
-from encode_server.wire.names import PUSHED_PREFIX
+from encode_server.wire.names import PLACED_PREFIX, PUSHED_PREFIX
 
 logger = logging.getLogger("vllm.encode_server")  # vLLM shows what is logged below its own name
 
@@ -40,6 +41,27 @@ MAX_ITEM_BYTES = 1 << 30
 LEASE_S = 60.0  # how long an entry stays that the scheduler was promised
 WAIT_S = 2.0  # for an embedding that was handed over and is still on its way
 MAX_AWAITED = 16384
+# Fields of an item that size its place in the prompt. An item of these alone cannot be encoded: vLLM would end.
+SIZES = frozenset(
+    {
+        "image_grid_thw",
+        "video_grid_thw",
+        "timestamps",
+        "second_per_grid_ts",
+        "audio_num_tokens",
+        "audio_feature_lengths",
+        "image_sizes",
+        "video_image_sizes",
+    }
+)
+
+
+class _State(enum.Enum):
+    """Of an item that a request needs: it is here or vLLM encodes it, it may still come, or neither."""
+
+    SETTLED = enum.auto()
+    AWAITED = enum.auto()
+    HOPELESS = enum.auto()
 
 
 @dataclass
@@ -102,8 +124,9 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
     # The scheduler's side.
 
     def ensure_cache_available(self, request: Any, num_computed_tokens: int) -> bool:
-        """False, for a short time, while an embedding that was pushed for the request is still on its way."""
-        return _safely(True, self._all_here, request)
+        """False, for a short time, while an embedding that was pushed for the request is still on its way; then the
+        request fails if it holds metadata in place of the media."""
+        return _safely(True, self._all_here, request, num_computed_tokens)
 
     def has_cache_item(self, identifier: str) -> bool:
         """Whether the workers can load this item; then the engine does not encode it."""
@@ -139,32 +162,54 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         _safely(None, self._forget, request)
         return False, None
 
-    def _all_here(self, request: Any) -> bool:
-        assert self._shelf is not None
-        here, now = True, time.monotonic()
+    def _all_here(self, request: Any, num_computed_tokens: int) -> bool:
+        here = True
         for index, feature in enumerate(request.mm_features):
-            name = feature.identifier
-            if (
-                name in self._readers
-            ):  # vLLM takes it from its cache and asks no more: a failed load fails this one, too
-                self._readers[name].add(request.request_id)
-            if (entry := self._shelf.get(name)) is not None:
-                self._awaited.pop(name, None)
-                if entry.shape[0] != (expected := request.get_num_encoder_embeds(index)):
-                    logger.error("%s has %d rows, %d are expected: vLLM encodes it", name, entry.shape[0], expected)
-                    self._shelf.drop(name)
-                elif name in self._zeros:
-                    self._zeros.discard(name)
-                    self._loads.again[name] = entry
-                    self._readers.setdefault(name, set()).add(request.request_id)
-            elif name.startswith(PUSHED_PREFIX):
-                if len(self._awaited) > MAX_AWAITED:
-                    self._awaited.clear()
-                here &= now - self._awaited.setdefault(name, now) >= self._wait_s
+            if feature.mm_position.offset + feature.mm_position.length <= num_computed_tokens:
+                continue  # its tokens have been computed: the embedding is not needed any more
+            state = self._look_up(request, index)
+            if state is _State.HOPELESS:
+                self._unavailable.add(request.request_id)
+                return False
+            here &= state is _State.SETTLED
         if here and any(feature.identifier in self._zeros for feature in request.mm_features):
             self._unavailable.add(request.request_id)
             return False
         return here
+
+    def _look_up(self, request: Any, index: int) -> _State:
+        """Whether an item of the request is on the shelf, or else can be had otherwise."""
+        assert self._shelf is not None
+        feature = request.mm_features[index]
+        name, own = feature.identifier, _can_be_encoded(feature)
+        if name in self._readers:
+            # vLLM takes the item from its cache and asks no more: a failed load fails this request, too.
+            self._readers[name].add(request.request_id)
+        entry = self._shelf.get(name)
+        if entry is not None and entry.shape[0] != (expected := request.get_num_encoder_embeds(index)):
+            logger.error("%s has %d rows, %d are expected: it is not used", name, entry.shape[0], expected)
+            self._shelf.drop(name)
+        elif entry is not None:
+            self._awaited.pop(name, None)
+            if not own:
+                self._shelf.hold(name, request.request_id)  # vLLM may put the request off, and ask again later
+            if name in self._zeros:
+                self._zeros.discard(name)
+                self._loads.again[name] = entry
+                self._readers.setdefault(name, set()).add(request.request_id)
+            return _State.SETTLED
+        elif name.startswith(PUSHED_PREFIX) and not self._waited(name, time.monotonic()):
+            return _State.AWAITED
+        if own:
+            return _State.SETTLED
+        logger.error("%s is not here, and its request holds no media to encode: the request fails", name)
+        return _State.HOPELESS
+
+    def _waited(self, name: str, now: float) -> bool:
+        """Whether an embedding has been awaited long enough."""
+        if len(self._awaited) > MAX_AWAITED:
+            self._awaited.clear()
+        return now - self._awaited.setdefault(name, now) >= self._wait_s
 
     def _promise(self, identifier: str) -> bool:
         assert self._shelf is not None
@@ -183,6 +228,8 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
     def _forget(self, request: Any) -> None:
         for feature in request.mm_features:
             self._awaited.pop(feature.identifier, None)
+            if self._shelf is not None:
+                self._shelf.release(feature.identifier, request.request_id)
             if (readers := self._readers.get(feature.identifier)) is not None:
                 readers.discard(request.request_id)
                 if not readers:
@@ -221,6 +268,15 @@ class EncodeServerConnector(ECConnectorBase):  # type: ignore[misc]
         stored: torch.dtype = getattr(torch, entry.dtype)
         with _synchronising():
             return raw.view(stored).reshape(entry.shape).to(device=_device(), dtype=self._dtype or stored)
+
+
+def _can_be_encoded(feature: Any) -> bool:
+    """Whether vLLM can encode the item itself. False for an item that consists of metadata."""
+    fields = getattr(feature, "data", None)
+    if fields is None or not hasattr(fields, "keys"):  # only the workers have the item: the name has to tell
+        return not feature.identifier.startswith(PLACED_PREFIX)
+    names = set(fields.keys())
+    return not names or not names <= SIZES
 
 
 def _safely(otherwise: T, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -23,8 +23,8 @@ class Entry:
 
 
 class Shelf:
-    """At most `max_bytes` of embeddings. The entry used longest ago goes first, and none that was used within `lease_s`
-    seconds: a worker may be about to read the entry. Used from any thread.
+    """At most `max_bytes` of embeddings. The entry used longest ago goes first, and none that is held, or that was used
+    within `lease_s` seconds: a worker may be about to read the entry. Used from any thread.
 
     The memory is an anonymous file: other processes of this user open it under `/proc`, nothing of it is left when this
     process ends, however it ends, and a container's small `/dev/shm` does not limit it.
@@ -37,6 +37,7 @@ class Shelf:
         self._path = f"/proc/{os.getpid()}/fd/{self._fd}"
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # the one used last is the last
         self._used: dict[str, float] = {}
+        self._holders: dict[str, set[str]] = {}  # of an entry, by the entry's identifier
         self._free = [(0, max_bytes)]  # (offset, bytes), by offset, none next to another
         self._lock = threading.Lock()
         self._closed = False
@@ -62,7 +63,7 @@ class Shelf:
             self._write(data, offset)
         except OSError:
             with self._lock:
-                self._release(entry)
+                self._give_back(entry)
             return False
         with self._lock:
             self._entries[identifier] = entry
@@ -75,6 +76,20 @@ class Shelf:
             if identifier in self._entries:
                 self._touch(identifier)
             return self._entries.get(identifier)
+
+    def hold(self, identifier: str, holder: str) -> None:
+        """Keep an entry until `holder` releases the entry."""
+        with self._lock:
+            if identifier in self._entries:
+                self._holders.setdefault(identifier, set()).add(holder)
+
+    def release(self, identifier: str, holder: str) -> None:
+        """`holder` does not need the entry any more."""
+        with self._lock:
+            holders = self._holders.get(identifier, set())
+            holders.discard(holder)
+            if not holders:
+                self._holders.pop(identifier, None)
 
     def drop(self, identifier: str) -> None:
         """Forget an entry."""
@@ -102,7 +117,7 @@ class Shelf:
     def _make_room(self, nbytes: int) -> int | None:
         until = time.monotonic() - self._lease_s
         while (offset := self._take(nbytes)) is None:
-            oldest = next(iter(self._entries), None)
+            oldest = next((name for name in self._entries if name not in self._holders), None)
             if oldest is None or self._used[oldest] > until:
                 return None
             self._remove(oldest)
@@ -111,7 +126,8 @@ class Shelf:
     def _remove(self, identifier: str) -> None:
         if (entry := self._entries.pop(identifier, None)) is not None:
             del self._used[identifier]
-            self._release(entry)
+            self._holders.pop(identifier, None)
+            self._give_back(entry)
 
     def _take(self, nbytes: int) -> int | None:
         """The first hole that is large enough."""
@@ -122,7 +138,7 @@ class Shelf:
                 return offset
         return None
 
-    def _release(self, entry: Entry) -> None:
+    def _give_back(self, entry: Entry) -> None:
         joined: list[tuple[int, int]] = []
         for offset, room in sorted([*self._free, (entry.offset, _aligned(entry.nbytes))]):
             if joined and sum(joined[-1]) == offset:

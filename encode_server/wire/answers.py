@@ -8,7 +8,7 @@ from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
 
 
-class AnswerHead(msgspec.Struct, kw_only=True):
+class AnswerHead(msgspec.Struct, kw_only=True, frozen=True):
     """What an answer says beside the embedding."""
 
     req_id: str
@@ -16,17 +16,17 @@ class AnswerHead(msgspec.Struct, kw_only=True):
     modality: Modality
     dtype: str
     shape: tuple[int, int]
-    items: list[ItemInfo]
+    items: tuple[ItemInfo, ...]
 
 
-class Answer(AnswerHead, kw_only=True):
+class Answer(AnswerHead, kw_only=True, frozen=True):
     """The embedding in JSON: `embedding` is base64 of row-major little-endian `dtype` values of `shape`."""
 
     embedding: str
 
 
-class Delivered(AnswerHead, kw_only=True):
-    """The embedding was pushed to its destination, or stored."""
+class Delivered(AnswerHead, kw_only=True, frozen=True):
+    """The embedding was pushed to its destination, stored, or put into the cache."""
 
     status: str = "delivered"
 

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from encode_server.wire.dtypes import ITEM_BYTES
 from encode_server.wire.frames import ItemInfo
+from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """An item's embedding: `data` holds tokens × dim values on the heap, never written to again."""
+    """An item's embedding: `data` holds tokens × dim values on the heap, never written to again. `options`: those that
+    it was encoded with, where that is known."""
 
     info: ItemInfo
     extra: dict[str, float | int | list[float]]
     data: memoryview
+    options: ItemOptions | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An item's embedding, as far as anything is known before the item is encoded. `uuid`: the item's name in a store.
+    `digest`: of the media's bytes."""
+
+    uuid: str | None
+    options: ItemOptions
+    modality: Modality
+    digest: str
+    model: str
+    dtype: str
+    dim: int
+
+
+Recall = Callable[[Wanted, Callable[[int], None]], Awaitable[EncodedItem | None]]
+"""Finds an embedding where a former request has left it; told of its bytes before they are read."""
 
 
 @dataclass

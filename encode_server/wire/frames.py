@@ -21,13 +21,16 @@ MEMORY_VERSION = 2
 class ItemInfo(msgspec.Struct, omit_defaults=False):
     """One media item of a part: its rows in the embedding, its patch grid, the SHA-256 of its media bytes.
 
-    `cached`: it was not encoded for this request, the cache or another request's encode served it.
+    `cached`: the item was not encoded for this request, the cache or another request's encode served the embedding.
+    `metadata`: what an engine that has the embedding needs in place of the media, see `wire.metadata`; None where that
+    is not known.
     """
 
     tokens: int
     grid_thw: list[int] | None
     content_hash: str
     cached: bool = False
+    metadata: dict[str, list[int | float]] | None = None
 
 
 class ErrorInfo(msgspec.Struct):

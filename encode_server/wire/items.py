@@ -12,7 +12,8 @@ class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
 
     `min_pixels` and `max_pixels` bound the resized image, or one frame of a video as the checkpoint's video processor
     counts it; `fps` (frames per second of video) or `num_frames`, and `min_frames`, `max_frames`, choose frames.
-    `pool`: one vector in place of the rows.
+    `max_side`: an image is shrunk before all else so that no side is longer, in pixels. `pool`: one vector in place of
+    the rows.
     """
 
     min_pixels: int | None = None
@@ -21,4 +22,5 @@ class ItemOptions(msgspec.Struct, frozen=True, omit_defaults=True):
     num_frames: int | None = None
     min_frames: int | None = None
     max_frames: int | None = None
+    max_side: int | None = None
     pool: Pool | None = None

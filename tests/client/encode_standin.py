@@ -80,13 +80,14 @@ class StandIn:
                         await asyncio.sleep(0.02)
                     self.gone.set()
             dtype = req_id if req_id in ("float32", "float16", "bfloat16") else "float32"
-            answer = {"req_id": req_id, "dtype": dtype, "shape": VALUES.shape, "items": items}
+            answer = {"req_id": req_id, "model": "demo", "modality": "image", "dtype": dtype, "shape": VALUES.shape}
+            answer["items"] = items
             if "prefill_host" in body:
                 return JSONResponse(answer | {"status": "delivered"})
             if request.headers["accept"] == "application/octet-stream":
                 return Response(safetensors_body(dtype, req_id, items), media_type="application/octet-stream")
             embedding = base64.b64encode(stored(dtype)).decode()
-            return JSONResponse(answer | {"model": "demo", "modality": "image", "embedding": embedding})
+            return JSONResponse(answer | {"embedding": embedding})
 
         @app.get("/health")
         async def health() -> Response:

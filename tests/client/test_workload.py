@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from encode_server.client.affinity import by_affinity
 from encode_server.client.encoders import Encoders
 from encode_server.client.http import EncodeClient
@@ -52,8 +54,8 @@ def test_what_was_sent_since_the_encoder_spoke_counts():
 
 def test_a_faster_encoder_is_given_more():
     pool = encoders("least_loaded")
-    slow, fast, _ = pool.all
-    pool.remove("http://c:1")
+    slow, fast, third = pool.all
+    third.healthy = False
     slow.work.say(Load(0.0, 1000.0)), fast.work.say(Load(0.0, 4000.0))
     slow.work.note({"X-Encode-Item-Tokens": "400"})
     given = []
@@ -78,7 +80,40 @@ def test_an_item_that_went_elsewhere_stays_there():
 
 
 def test_members_come_and_go():
+    made: list[EncodeClient] = []
+
+    def make(url: str) -> EncodeClient:
+        made.append(EncodeClient(url))
+        return made[-1]
+
+    async def change() -> None:
+        pool = Encoders(URLS, make, "content", 5.0)
+        assert pool.add("http://a:1/") is pool.add("http://a:1") and len(made) == len(URLS), "no client for a member"
+        gone = pool.all[0]
+        with gone.working(1):
+            pool.remove("http://a:1/")
+            assert [e.url for e in pool.all] == URLS[1:] and pool.pick(owned_by("http://a:1")).url in URLS[1:]
+        assert pool.add("http://a:1/").url == "http://a:1" and len(pool.all) == 3
+        await pool.aclose()
+
+    asyncio.run(change())
+    assert len(made) == 4
+    for client in made:
+        try:
+            asyncio.run(client.health())
+        except RuntimeError:  # httpx: the client has been closed
+            continue
+        raise AssertionError("a client was left open")
+
+
+def test_a_plan_alone_is_no_work():
     pool = encoders()
-    pool.remove("http://a:1/")
-    assert [e.url for e in pool.all] == URLS[1:] and pool.pick(owned_by("http://a:1")).url in URLS[1:]
-    assert pool.add("http://a:1/") is pool.add("http://a:1") and len(pool.all) == 3
+    for encoder in pool.all:
+        encoder.work.say(Load(0.0, 1000.0))
+    pool.all[0].work.note({"X-Encode-Item-Tokens": "500"})
+    groups = pool.plan([owned_by("http://a:1")] * 9)
+    assert len(groups) == 3, "items of a plan count for its later items"
+    assert sorted(i for group in groups for i in group) == list(range(9))
+    assert [encoder.work.seconds for encoder in pool.all] == [0, 0, 0]
+    pool.all[0].work.sent(1)
+    assert pool.all[0].work.seconds == 0.5

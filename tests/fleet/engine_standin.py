@@ -23,7 +23,7 @@ WAIT_S = 60.0
 
 
 class EngineStandIn:
-    """`seen`: the requests. `found`: for each, whether the entry of every `uuid` was there, whole.
+    """`seen`: the requests. `found`: for each chat, whether the entry of every `uuid` was there, whole.
 
     A stream goes on from word to word while `go_on` is set, or after `WAIT_S`; then `waited_in_vain` is set.
     """
@@ -38,6 +38,8 @@ class EngineStandIn:
         self.key = ""  # wanted of everybody, where there is one
         self.paths: list[str] = []
         self.waited_in_vain = False
+        self.metadata_status = 200  # of requests with metadata in place of media
+        self.calls: dict[str, str] | None = None  # what it calls the media of a modality; None: it does not say
         self.url = ""
 
     def app(self) -> FastAPI:
@@ -50,11 +52,24 @@ class EngineStandIn:
             self.headers.append(dict(request.headers))
             parts = [p for m in body["messages"] if isinstance(m["content"], list) for p in m["content"]]
             self.found.append({p["uuid"]: self._whole(p["uuid"]) for p in parts if "uuid" in p})
+            if self.metadata_status != 200 and any("_embeds" in p["type"] for p in parts):
+                return JSONResponse({"error": {"message": "no metadata"}}, self.metadata_status)
             if body.get("model") == "unknown":
                 return JSONResponse({"error": {"message": "no such model"}}, 404)
             if not body.get("stream"):
                 return JSONResponse({"choices": [{"message": {"content": " ".join(WORDS)}}]})
             return StreamingResponse(self._words(), media_type="text/event-stream")
+
+        @app.post("/v1/chat/completions/render")
+        async def render(request: Request) -> Response:
+            if self.calls is None:
+                return JSONResponse({"error": {"message": "disabled"}}, 403)
+            return JSONResponse({"features": {"mm_hashes": {modality: [n] for modality, n in self.calls.items()}}})
+
+        @app.post("/v1/responses")
+        async def responses(request: Request) -> Response:
+            self.seen.append(await request.json())
+            return JSONResponse({})
 
         @app.get("/v1/models")
         async def models(request: Request) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import select
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from encode_server.client import EmbeddingReceiver
 from tests.fleet.engine_standin import WAIT_S, WORDS, EngineStandIn, served
 from tests.live import LiveServer, eventually
 from tests.models.samples import clip, png
@@ -51,8 +49,8 @@ def chat(*parts: dict[str, object], **more: object) -> dict[str, object]:
     return {"model": "m", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}]} | more
 
 
-def post(route: str, body: object, **more: object) -> httpx.Response:
-    return httpx.post(route + "/v1/chat/completions", json=body, timeout=60, **more)
+def post(route: str, body: object, path: str = "/v1/chat/completions", **more: object) -> httpx.Response:
+    return httpx.post(route + path, json=body, timeout=60, **more)
 
 
 def test_embeddings_are_in_place_when_the_engine_is_asked(fleet, engine, route):
@@ -178,25 +176,6 @@ def test_another_encoder_takes_over_and_an_absent_engine_is_said(fleet, engine, 
         live.wait_for_log("startup complete")
         answer = post(url, chat(image(png(64, 64, 40))))
         assert answer.status_code == 504 and "could not be encoded" in answer.json()["error"]["message"]
-
-
-def test_embeddings_are_pushed_to_an_engine_that_receives_by_name(fleet, engine, tmp_path):
-    async def ask() -> None:
-        async with EmbeddingReceiver() as receiver:
-            where = f"127.0.0.1:{receiver.port}"
-            with router(tmp_path, engine.url, fleet.urls, "--engine-receives", where) as live:
-                url = live.listening().base_url
-                body = chat(image(png(64, 64, 60)), image(png(64, 96, 61)), image(png(64, 64, 60)))
-                # The same chat twice at the same time: nobody is told that the item is being pushed already.
-                answers = await asyncio.gather(*(asyncio.to_thread(post, url, body) for _ in range(2)))
-                assert [answer.status_code for answer in answers] == [200, 200]
-                names = [part["uuid"] for part in engine.seen[-1]["messages"][0]["content"][:3]]
-                assert names[0] == names[2] != names[1] and names[0].startswith("es-")
-                embeddings = [await receiver.receive(name, timeout=10) for name in dict.fromkeys(names)]
-                assert [embedding.items[0].tokens for embedding in embeddings] == [4, 6]
-                assert post(url, chat(image(b"no image"))).status_code == 400
-
-    asyncio.run(ask())
 
 
 def test_options_are_checked(tmp_path):

@@ -95,3 +95,20 @@ def test_two_servers_may_write_the_same_entry_at_once(fleet):
     assert not [f for f in failures if not (isinstance(f, EncodeServerError) and f.status == 429)], failures
     assert load_file(fleet.entry("shared"))["ec_cache"].shape == (16, 3 * 48)
     assert [path.name for path in fleet.entry("shared").parent.iterdir()] == [fleet.entry("shared").name]
+
+
+def test_what_is_in_the_store_is_not_encoded_again(fleet):
+    """Neither by an encoder whose cache does not know the item."""
+
+    async def store(url: str, media: bytes, **options: object):
+        async with EncodeClient(url) as client:
+            return (await client.store([Item(media, uuid="kept", **options)], "image")).items[0]
+
+    picture = png(96, 64, 40)
+    first = asyncio.run(store(fleet.a.base_url, picture))
+    before = fleet.entry("kept").read_bytes()
+    second = asyncio.run(store(fleet.b.base_url, picture))
+    assert not first.cached and second.cached and (second.tokens, second.grid_thw) == (first.tokens, first.grid_thw)
+    assert fleet.entry("kept").read_bytes() == before
+    sized = asyncio.run(store(fleet.b.base_url, picture, max_pixels=64 * 64))
+    assert sized.tokens < first.tokens and not sized.cached, "of other options nothing is there"

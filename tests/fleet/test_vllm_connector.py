@@ -210,3 +210,49 @@ def test_what_cannot_work_is_said_at_start(connector, start):
         Engine(connector.EncodeServerConnector, bind=engine.scheduler._inbox.endpoint)
     with producing() as given, pytest.raises(ValueError, match="ec_consumer"):
         connector.EncodeServerConnector(given, vllm_standin.ECConnectorRole.WORKER)
+
+
+METADATA = ("image_grid_thw",)
+
+
+def test_a_request_without_media_fails_when_its_embedding_does_not_come(start):
+    """vLLM itself would end: there is nothing to encode."""
+    engine, pusher = start(wait_s=0.2)
+    request = Request("r", ["es-p-a"], [6], METADATA)
+    assert engine.step(request) is None and engine.scheduler.take_unavailable_requests() == set()
+    pusher.push("es-p-a", 6)
+    assert engine.step(request) == []
+    for name, rows in (("es-p-never", 6), ("somebody's-own-name", 6), ("es-p-a", 7)):
+        request = Request(name, [name], [rows], METADATA)
+        assert eventually(lambda request=request: engine.step(request) is None and request.request_id in failed(engine))
+    assert engine.step(Request("r2", ["es-p-b"], [6])) is None
+    assert eventually(lambda: engine.step(Request("r2", ["es-p-b"], [6])) == ["es-p-b"]), "its media came along"
+
+
+def failed(engine: Engine) -> set[str]:
+    return engine.scheduler.take_unavailable_requests()
+
+
+def test_an_embedding_that_nothing_can_replace_stays_until_its_request_has_ended(start):
+    engine, pusher = start(max_bytes=2 * 128, lease_s=0, wait_s=0)
+    pusher.push("es-p-1", 6)
+    request = Request("r", ["es-p-1"], [6], METADATA)
+    assert engine.step(request) == []
+    for name in ("es-2", "es-3", "es-4"):
+        pusher.push(name, 6)
+    assert engine.scheduler.has_cache_item("es-p-1"), "the engine may put the request off, and load again later"
+    engine.scheduler.request_finished(request)
+    for name in ("es-5", "es-6"):
+        pusher.push(name, 6)
+    assert not engine.scheduler.has_cache_item("es-p-1")
+
+
+def test_what_has_been_computed_is_not_asked_for_again(start):
+    engine, pusher = start(max_bytes=128, lease_s=0, wait_s=60)
+    pusher.push("es-1", 6)
+    request = Request("r", ["es-1"], [6])
+    assert engine.step(request) == []
+    pusher.push("es-2", 6)  # takes the place of es-1
+    assert engine.step(request) is None, "it would be awaited"
+    engine.caches = [{"es-1": None}]
+    assert engine.step(request, computed=6) == []

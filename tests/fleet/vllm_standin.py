@@ -58,15 +58,21 @@ def config(dtype: torch.dtype = torch.float32, **extra: object) -> SimpleNamespa
 
 @dataclass
 class Request:
-    """`rows`: the encoder embeddings that the engine expects of each item."""
+    """`rows`: the encoder embeddings that the engine expects of each item. `fields`: of the items' data."""
 
     request_id: str
     identifiers: list[str]
     rows: list[int]
+    fields: tuple[str, ...] = ("pixel_values", "image_grid_thw")
     mm_features: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.mm_features = [SimpleNamespace(identifier=name) for name in self.identifiers]
+        self.mm_features, offset = [], 0
+        for name, rows in zip(self.identifiers, self.rows, strict=True):
+            position = SimpleNamespace(offset=offset, length=rows)
+            data = dict.fromkeys(self.fields)
+            self.mm_features.append(SimpleNamespace(identifier=name, mm_position=position, data=data))
+            offset += rows
 
     def get_num_encoder_embeds(self, index: int) -> int:
         return self.rows[index]
@@ -82,10 +88,10 @@ class Engine:
         self.freed: list[str] = []  # items that the next step takes out of the cache
         self.caches: list[dict[str, torch.Tensor]] = [{} for _ in range(workers)]
 
-    def step(self, request: Request) -> list[str] | None:
-        """The items that the engine has to encode itself in the step that takes the request; None when the request is
-        put off."""
-        if not self.scheduler.ensure_cache_available(request, 0):
+    def step(self, request: Request, computed: int = 0) -> list[str] | None:
+        """The items that the engine has to encode itself in the step that takes the request, of which `computed` tokens
+        are done; None when the request is put off."""
+        if not self.scheduler.ensure_cache_available(request, computed):
             return None
         own = []
         for index, name in enumerate(request.identifiers):

@@ -24,7 +24,7 @@ from encode_server.media.policy import UrlPolicy
 from encode_server.media.video import decode_video
 from encode_server.media.web import _parse as parse_url
 from encode_server.route.app import _target as route_target
-from encode_server.route.chat import media_parts, name_parts
+from encode_server.route.chat import CHAT, MESSAGES, RESPONSES, media_items, media_parts, name_parts, put_metadata
 from encode_server.runtime.caller import CallerGone
 from encode_server.runtime.charge import free
 from encode_server.runtime.connections import ConnectionLimits, guarded
@@ -152,8 +152,12 @@ def route(data: bytes) -> None:
     """A chat request at the proxy, and the path of any other."""
     with contextlib.suppress(EncodeError):
         found: Any = outline(data, object, OutlineLimits(200, 50))
+        for path in (CHAT, RESPONSES, MESSAGES):
+            with contextlib.suppress(EncodeError):
+                media_items(media_parts(found, path))
         if parts := media_parts(found):
             name_parts(parts, 2.0)
+            put_metadata(found.body, parts, {part.part["uuid"]: {} for part in parts[:1]})
             msgspec.json.decode(b"".join(found.restored(msgspec.json.encode(found.body))))
     with contextlib.suppress(EncodeError):
         path = data.decode("latin-1")

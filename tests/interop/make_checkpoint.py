@@ -1,5 +1,5 @@
 """Writes a small Qwen2.5-VL checkpoint with random weights that transformers, SGLang and vLLM all load: tower, tiny
-language model, tokenizer and processors. usage: make_checkpoint.py DIR [tiny|small]"""
+language model, tokenizer and processors; `qwen3` writes a Qwen3-VL. usage: make_checkpoint.py DIR [tiny|small|qwen3]"""
 
 import sys
 
@@ -12,6 +12,10 @@ from transformers import (
     Qwen2TokenizerFast,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 TOWERS = {
@@ -32,6 +36,15 @@ TOWERS = {
         "fullatt_block_indexes": [3, 7, 11],
     },
 }
+QWEN3_TOWER = {
+    "depth": 4,
+    "hidden_size": 64,
+    "num_heads": 4,
+    "intermediate_size": 128,
+    "out_hidden_size": 128,
+    "num_position_embeddings": 256,
+    "deepstack_visual_indexes": [0, 2],
+}
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -41,19 +54,39 @@ CHAT = (
 )
 out, size = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "tiny"
 torch.manual_seed(0)
-tower = dict(TOWERS[size], patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112, in_channels=3)
+qwen3 = size == "qwen3"
+tower = dict(QWEN3_TOWER if qwen3 else TOWERS.get(size, {}), spatial_merge_size=2, temporal_patch_size=2, in_channels=3)
+tower |= {"patch_size": 16} if qwen3 else {"patch_size": 14, "window_size": 112}
 width = tower["out_hidden_size"]
 half = width // 4 // 2  # half a head of the 4-head language model
 temporal = half // 4
 height = (half - temporal) // 2
-model = Qwen2_5_VLForConditionalGeneration(
-    Qwen2_5_VLConfig(
+config_class, model_class, processor_class, video_class, image_processor = (
+    (
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+        Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+    )
+    if qwen3
+    else (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLVideoProcessor,
+        Qwen2VLImageProcessor(),
+    )
+)
+model = model_class(
+    config_class(
         text_config={
             "hidden_size": width,
             "intermediate_size": 2 * width,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
+            "head_dim": width // 4,
             "vocab_size": 1024,
             "max_position_embeddings": 4096,
             "bos_token_id": 1,
@@ -83,10 +116,10 @@ tokenizer.add_tokens([f"<f{i}>" for i in range(1000 - len(tokenizer))])
 tokenizer.add_special_tokens(
     {"additional_special_tokens": ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]}
 )
-Qwen2_5_VLProcessor(
-    image_processor=Qwen2VLImageProcessor(),
+processor_class(
+    image_processor=image_processor,
     tokenizer=tokenizer,
-    video_processor=Qwen2VLVideoProcessor(),
+    video_processor=video_class(),
     chat_template=CHAT,
 ).save_pretrained(out)
 print(out, f"{sum(p.numel() for p in model.model.visual.parameters()) / 1e6:.1f} M parameters in the tower")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +17,9 @@ from encode_server.pipeline.pipeline import Pipeline, Route
 from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.runtime.pools import Pools
 from encode_server.telemetry.metrics import Metrics
-from encode_server.wire.embedding import EncodedItem
+from encode_server.wire.embedding import EncodedItem, Recall, Wanted
 from encode_server.wire.frames import ItemInfo
+from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 
 
@@ -62,7 +64,7 @@ class Desk:
         self.route = Route(cache, None, shared=shared, trusting=trusting)
 
     async def until_ready(self, group=None):
-        return SimpleNamespace(dtype="float32", dims={Modality.IMAGE: 1})
+        return SimpleNamespace(model_type="qwen3_vl", dtype="float32", dims={Modality.IMAGE: 1})
 
     async def fetch(self, url, charge, client) -> bytes:
         self.fetched.append(url)
@@ -73,9 +75,14 @@ class Desk:
         await asyncio.sleep(0.01)
         return EncodedItem(ItemInfo(1, None, media_digest), {}, memoryview(media[:4]))
 
-    async def ask(self, url: str, content_hash: str | None = None) -> tuple[bytes, bool]:
-        request = EncodeRequest("r", Modality.IMAGE, [MediaItem(url, content_hash=content_hash)], time.monotonic() + 60)
+    async def item(self, url: str, content_hash: str | None = None, recall: Recall | None = None) -> EncodedItem:
+        media = [MediaItem(url, content_hash=content_hash)]
+        request = EncodeRequest("r", Modality.IMAGE, media, time.monotonic() + 60, recall=recall)
         (item,) = (await self.pipeline.encode(request, self.route)).items
+        return item
+
+    async def ask(self, url: str, content_hash: str | None = None) -> tuple[bytes, bool]:
+        item = await self.item(url, content_hash)
         return bytes(item.data), item.info.cached
 
 
@@ -141,6 +148,26 @@ def test_what_another_server_knows_is_enough_and_kept():
 
         asyncio.run(scenario())
         assert server.fetched == server.encoded == []
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+def test_what_another_server_knows_is_described_like_our_own(claimed):
+    shared = Shared()
+    shared.items[digest("cats")] = EncodedItem(ItemInfo(1, [1, 2, 2], digest("cats")), {}, memoryview(b"cats"))
+    with desk(trusting=claimed, shared=shared) as server:
+        item = asyncio.run(server.item("cats", digest("cats") if claimed else None))
+        assert item.info.metadata == {"image_grid_thw": [1, 2, 2]} and item.options == ItemOptions()
+        assert server.encoded == []
+
+
+def test_what_a_store_has_is_not_encoded_and_stays_in_the_store():
+    async def recall(wanted: Wanted, expect: Callable[[int], None]) -> EncodedItem | None:
+        return EncodedItem(ItemInfo(1, None, wanted.digest, cached=True), {}, memoryview(b"cats"))
+
+    shared = Shared()
+    with desk(trusting=False, shared=shared) as server:
+        assert asyncio.run(server.item("cats", recall=recall)).info.cached
+        assert server.encoded == [] and not shared.items
 
 
 @pytest.mark.parametrize("claim", ["sha256:", "md5:" + "0" * 64, "sha256:" + "g" * 64, "", None])

@@ -15,7 +15,7 @@ from encode_server.api.schemas import EncodeBody
 from encode_server.client.affinity import item_key
 from encode_server.client.media import items_json
 from encode_server.errors import BadRequest
-from encode_server.route.chat import media_items, media_parts, name_parts
+from encode_server.route.chat import MESSAGES, RESPONSES, media_items, media_parts, name_parts, put_metadata
 from encode_server.runtime import outline as module
 from encode_server.runtime.bodies import from_json
 from encode_server.runtime.outline import LONG, OutlineLimits, outline
@@ -111,6 +111,50 @@ def test_a_chat_of_any_size_is_named_alike_and_keeps_its_media(monkeypatch):
     assert documents[0] == documents[1]
 
 
+@pytest.mark.parametrize("limits", [OutlineLimits(1 << 20, 100), OutlineLimits(8000, 100)], ids=["whole", "cut"])
+def test_every_kind_of_request_is_read_in_any_size(limits):
+    data = "QUJD" * 5000
+    uri = "data:image/webp;base64," + data
+    source = {"type": "base64", "media_type": "image/webp", "data": data}
+    result = {"type": "tool_result", "content": [{"type": "image", "source": source}]}
+    for path, document in (
+        (RESPONSES, {"input": [{"content": [{"type": "input_image", "image_url": uri}]}]}),
+        (MESSAGES, {"messages": [{"content": [{"type": "image", "source": source}, result]}]}),
+    ):
+        parts = media_parts(outline(json.dumps(document).encode(), Any, limits), path)
+        [item] = media_items(parts)[Modality.IMAGE]
+        assert json.loads(b"".join(asyncio.run(items_json([item])))) == [{"url": uri}]
+        assert item_key(item) == item_key(uri), "it goes to the encoder that the part will go to"
+
+
+@pytest.mark.parametrize("limits", [OutlineLimits(1 << 20, 100), OutlineLimits(8000, 100)], ids=["whole", "cut"])
+def test_the_same_image_of_another_size_is_another_item(limits):
+    url = "data:image/png;base64," + "QUJD" * 5000
+    asked: list[dict[str, object]] = [{}, {"detail": "low"}, {"max_long_side_pixel": 100}, {"detail": "low"}]
+    content = [{"type": "image_url", "image_url": {"url": url} | more} for more in asked]
+    found = outline(json.dumps({"messages": [{"content": content}]}).encode(), Any, limits)
+    items = media_items(media_parts(found))[Modality.IMAGE]
+    written = json.loads(b"".join(asyncio.run(items_json(items))))
+    assert written == [{"url": url} | more for more in asked[:3]]
+
+
+@pytest.mark.parametrize("limits", [OutlineLimits(1 << 20, 100), OutlineLimits(8000, 100)], ids=["whole", "cut"])
+def test_metadata_take_the_place_of_media_of_any_size(limits):
+    url = "data:image/png;base64," + "QUJD" * 5000
+    image = {"type": "image_url", "image_url": {"url": url}}
+    audio = {"type": "input_audio", "input_audio": {"data": "QUJD" * 4000, "format": "wav"}}
+    text = {"type": "text", "text": "x" * 5000}
+    raw = json.dumps({"messages": [{"content": [image, audio, text]}]}).encode()
+    found = outline(raw, Any, limits)
+    parts = media_parts(found)
+    name = name_parts(parts, 2.0)[Modality.IMAGE][0].uuid
+    grid = {"image_grid_thw": [1, 4, 4]}
+    assert put_metadata(found.body, parts, {name: grid}) == {Modality.IMAGE}
+    document = json.loads(b"".join(found.restored(json.dumps(found.body).encode())))
+    placed = {"type": "image_embeds", "image_embeds": grid, "uuid": name}
+    assert document["messages"][0]["content"] == [placed, audio | {"uuid": parts[1].part["uuid"]}, text]
+
+
 @pytest.mark.parametrize(
     "rest",
     [
@@ -134,6 +178,6 @@ def test_no_step_holds_the_interpreter_for_long(monkeypatch, rest):
 
     monkeypatch.setattr(module, "from_json", noted)
     with contextlib.suppress(BadRequest):
-        found = module.outline(bytearray(b'{"modality":"image",' + rest), EncodeBody, body.json_limits(256))
-        body._from_document(256, found)
+        raw = bytearray(b'{"modality":"image",' + rest)
+        body._from_document(256, outline(raw, EncodeBody, body.json_limits(256)))
     assert max(sizes, default=0) <= MIB + 2

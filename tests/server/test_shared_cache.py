@@ -72,6 +72,7 @@ def test_the_second_server_answers_without_encoding(replicas):
         assert bytes(ours.data) == bytes(theirs.data)
         assert (theirs.shape, theirs.dtype, theirs.items[0].tokens) == (ours.shape, ours.dtype, ours.items[0].tokens)
         assert theirs.items[0].grid_thw == ours.items[0].grid_thw
+        assert theirs.items[0].metadata == ours.items[0].metadata
         assert not ours.items[0].cached and theirs.items[0].cached
     assert figure(first, "encode_shared_cache_queued_bytes") == 0
     assert figure(second, "encode_preprocessed_items_total") == 0

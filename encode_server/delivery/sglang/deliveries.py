@@ -54,6 +54,7 @@ class SGLangPush:
         self._pusher, self._frames, self._pickles, self._pool = pusher, frames, pickles, pool
         self._destinations, self._wait_s = destinations, wait_s
         self._mooncake, self._sizes = mooncake, sizes
+        self._served: set[str] = set()  # endpoints that have the embedding
 
     def announce(self, req_id: str, rows: int, dim: int, dtype: str) -> None:
         """The embedding will be [rows, dim] values of `dtype`."""
@@ -70,7 +71,7 @@ class SGLangPush:
             try:
                 async with asyncio.timeout(self._wait_s):
                     async for endpoint in self._destinations.arrivals():
-                        pushes.append(asyncio.create_task(self._send(endpoint, header, data)))
+                        pushes.append(asyncio.create_task(self._serve(endpoint, header, data)))
             except TimeoutError:
                 wanted = self._destinations.wanted
                 came = f"{len(pushes)} of {wanted} destinations" if wanted else "no destination"
@@ -84,15 +85,21 @@ class SGLangPush:
                 push.cancel()
 
     async def fail(self, part: Part, error: EncodeError) -> None:
-        """See `Delivery`."""
+        """See `Delivery`. Endpoints that have the embedding are not told: an error would still end their request."""
         if self._sizes is not None:
             self._sizes.fail(part.req_id, error)
         frame = self._frames.error(part, error)
         for endpoint in self._destinations.endpoints:
+            if endpoint in self._served:
+                continue
             if (landing := self._destinations.landing(endpoint)) is not None:
                 landing.end(error)
             else:
                 self._pusher.notify(endpoint, [frame])
+
+    async def _serve(self, endpoint: str, header: bytes, data: memoryview) -> None:
+        await self._send(endpoint, header, data)
+        self._served.add(endpoint)
 
     async def _send(self, endpoint: str, header: bytes, data: memoryview) -> None:
         landing = self._destinations.landing(endpoint)
