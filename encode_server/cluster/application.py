@@ -10,7 +10,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from encode_server.client.encoders import Choice
-from encode_server.cluster.door import Door
+from encode_server.cluster.door import Door, DoorOptions
 from encode_server.cluster.encoder import EncoderReplica
 from encode_server.cluster.router import ContentRouter
 from encode_server.cluster.scaling import ByBacklog
@@ -19,6 +19,7 @@ from encode_server.settings import load_settings
 
 HEALTH_PERIOD_S = 5.0
 STATS_PERIOD_S = 1.0
+OF_THE_ADDRESS = {"host", "port", "ssl_certfile", "ssl_keyfile"}  # the cluster's, not a replica's
 
 
 class Arguments(BaseModel):
@@ -51,14 +52,15 @@ class Arguments(BaseModel):
 
 def build(args: Arguments) -> Application:
     """The door before the encoders. Raises StartupError for options that cannot work."""
-    options = {"model": args.model, "port": 0} | args.options
-    settings = load_settings(options)
+    settings = load_settings({"model": args.model} | args.options)
     if settings.protocol == "sglang":
         raise StartupError(
-            "on a Ray cluster SGLang's prefills are served through `encode-server route --protocol sglang`, "
-            "whose one encoder is the cluster's address: leave --protocol out"
+            "SGLang's prefills are not served by a Ray cluster: start plain servers behind "
+            "`encode-server route --protocol sglang` for them"
         )
-    gpus = args.gpus if args.gpus is not None else 0 if settings.device == "cpu" else settings.tp
+    # Whatever was said here, in a file or by variables, holds on every node.
+    options = settings.model_dump(mode="json", include=settings.model_fields_set - OF_THE_ADDRESS) | {"port": 0}
+    gpus = args.gpus if args.gpus is not None else 0 if settings.device == "cpu" else settings.tp * settings.dp
     encoder = serve.deployment(
         EncoderReplica,
         name="Encoder",
@@ -88,4 +90,16 @@ def build(args: Arguments) -> Application:
         max_replicas_per_node=1,
         max_ongoing_requests=settings.max_requests * args.max_replicas,
         ray_actor_options={"num_cpus": 0, "resources": args.door_resources},
-    ).bind(encoder, settings.max_body_mb << 20, args.retry_s, args.choice == "content")
+    ).bind(
+        encoder,
+        DoorOptions(
+            api_keys=settings.api_keys,
+            max_requests=settings.max_requests * args.max_replicas,
+            max_inflight_bytes=settings.max_inflight_mb << 20,
+            max_body_bytes=settings.max_body_mb << 20,
+            client_share=settings.client_share,
+            least_rate=settings.least_rate_kb << 10,
+            retry_s=args.retry_s,
+            by_content=args.choice == "content",
+        ),
+    )

@@ -17,8 +17,6 @@ from encode_server.settings import load_settings
 
 log = logging.getLogger(__name__)
 
-OF_THE_ADDRESS = ("host", "port")
-
 
 def serve_on_ray(options: dict[str, Any], replicas: str) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status. The cluster is the one that `RAY_ADDRESS` names or that runs on
@@ -30,7 +28,9 @@ def serve_on_ray(options: dict[str, Any], replicas: str) -> int:
     """
     settings = load_settings(options)
     least, most = replica_range(replicas)
-    of_servers = {name: value for name, value in options.items() if name not in (*OF_THE_ADDRESS, "model")}
+    if settings.ssl_certfile is not None:
+        raise StartupError("--ssl-certfile: Ray Serve's proxies serve HTTP; put what ends TLS before them")
+    of_servers = {name: value for name, value in options.items() if name != "model"}
     try:
         arguments = Arguments.model_validate(
             {"model": settings.model, "options": of_servers, "min_replicas": least, "max_replicas": most}
@@ -38,9 +38,7 @@ def serve_on_ray(options: dict[str, Any], replicas: str) -> int:
     except ValidationError as error:
         raise StartupError(str(error)) from None
     application = build(arguments)
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the start, too, however long that takes
     try:
         ray.init(include_dashboard=False)
     except ConnectionError as error:
@@ -49,9 +47,13 @@ def serve_on_ray(options: dict[str, Any], replicas: str) -> int:
         serve.start(http_options={"host": settings.host, "port": settings.port, "location": "EveryNode"})
         serve.run(application, name="encode-server")
         log.info("serving %s on http://%s:%d of every node", settings.model, settings.host, settings.port)
-        ended.wait()
-        serve.shutdown()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        log.info("leaving")
+    except RuntimeError as error:
+        raise StartupError(f"Ray Serve: {error}") from None
     finally:
+        serve.shutdown()
         ray.shutdown()
     return 0
 

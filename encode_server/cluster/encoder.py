@@ -58,8 +58,12 @@ class EncoderReplica:
         async def answer() -> None:
             try:
                 await self._app(scope, receive, messages.put)
-            finally:
+            except asyncio.CancelledError:
+                raise  # nobody takes messages any more
+            except BaseException:
                 await messages.put(None)
+                raise
+            await messages.put(None)
 
         answering = asyncio.create_task(answer())
         try:

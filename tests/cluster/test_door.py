@@ -14,7 +14,7 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from starlette.requests import Request
 
-from encode_server.cluster.door import HELD_BYTES, Door, content_key
+from encode_server.cluster.door import HELD_BYTES, Door, DoorOptions, content_key
 
 OK = [{"type": "http.response.start", "status": 200, "headers": [(b"x-a", b"b")]}, {"body": b"rows"}, {"body": b""}]
 LEAVING = [{"type": "http.response.start", "status": 503, "headers": []}, {"body": b"stopping"}]
@@ -39,20 +39,31 @@ class Handle:
             yield message
 
 
-def ask(handle: Handle, body: bytes = b'{"mm_items":["x"]}', retry_s: float = 5.0) -> tuple[int, bytes]:
+def ask(
+    handle: Handle,
+    body: bytes = b'{"mm_items":["x"]}',
+    retry_s: float = 5.0,
+    *,
+    method: str = "POST",
+    path: str = "/encode",
+    keys: tuple[str, ...] = (),
+    key: str = "",
+) -> tuple[int, bytes]:
     """Status and body of the door's answer."""
+    options = DoorOptions(keys, 4, 4 << 20, 1 << 20, 1.0, 0, retry_s, True)
+    headers = [(b"authorization", b"Bearer " + key.encode())] if key else []
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def scenario() -> tuple[int, bytes]:
-        scope = {"type": "http", "method": "POST", "path": "/encode", "headers": [], "query_string": b""}
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
         sent: list[dict[str, Any]] = []
 
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        answer = await Door(handle, 1 << 20, retry_s, True)(Request(scope, receive))
+        answer = await Door(handle, options)(Request(scope, receive))
         await answer(scope | {"asgi": {"spec_version": "2.4"}}, receive, send)
         return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
 
@@ -68,6 +79,21 @@ def test_a_request_whose_encoder_is_lost_goes_to_another_one(first):
 def test_encoders_that_stay_lost_are_told_as_503():
     assert ask(Handle([LOST], [LOST]), retry_s=0.1)[0] == 503
     assert ask(Handle(LEAVING, LEAVING), retry_s=0.1) == (503, b"stopping")
+
+
+def test_a_probe_is_answered_as_things_are():
+    assert ask(Handle(LEAVING), b"", 60, method="GET", path="/health") == (503, b"stopping")
+
+
+def test_who_has_no_key_is_not_read():
+    assert ask(Handle(), keys=("k",))[0] == 401 and ask(Handle(), keys=("k",), key="other")[0] == 401
+    assert ask(Handle(OK), keys=("k",), key="k") == (200, b"rows")
+    assert ask(Handle(OK), b"", method="GET", path="/readyz", keys=("k",))[0] == 200
+
+
+def test_what_is_of_one_server_is_not_there():
+    for method, path in (("GET", "/"), ("GET", "/status"), ("POST", "/start_profile"), ("DELETE", "/encode")):
+        assert ask(Handle(), method=method, path=path)[0] == 404
 
 
 def test_a_fault_of_the_code_is_not_tried_again():
@@ -89,6 +115,8 @@ def test_the_same_content_has_the_same_name_however_it_is_asked_for():
     named.append({"mm_items": [{"url": "abc", "uuid": "1"}, "more"]})
     assert len({content_key(json.dumps(document).encode()) for document in named}) == 1
     others = [
+        b'{"input":"a","modality":"image"}',
+        b'{"input":"b","modality":"image"}',
         b"{}",
         b"[[",
         b"--form\r\n1",
