@@ -38,6 +38,7 @@ def counted(concurrency: int, **_: object) -> Load:
     return Load(concurrency, seconds=60, count=10)
 
 
+@pytest.mark.slow
 def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(serving.Plan, "load", lambda self, concurrency, rate: counted(concurrency))
