@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encode_server.bounds import bounds, table
+from encode_server.pipeline.shared.cache import QUEUED_BYTES
+from encode_server.pipeline.shared.mooncake import LOCAL_BYTES, MooncakeAddress
 from encode_server.runtime.cgroups import MOUNT, PROC, granted
 from encode_server.runtime.connections import ConnectionLimits
-from encode_server.service.server import preparer_processes
+from encode_server.service.server import preparer_processes, shared_address
 from encode_server.settings import Settings
 
 MIB = 1 << 20
@@ -30,12 +32,13 @@ class Need:
 
 def worst_case(settings: Settings) -> list[Need]:
     """The parts of the server's memory at their bounds, all of them reached together. The ranks' weights and workspace
-    are not among them: they depend on the checkpoint, not on what strangers send."""
+    are not among them: they depend on the checkpoint, not on what strangers send. Raises StartupError for a
+    --shared-cache that is no address."""
     s = settings
     processes = s.preproc_processes or preparer_processes(s.preproc_workers)
     head = ConnectionLimits().head_bytes
     twice = WORK_THREADS * (s.max_body_mb + s.max_media_mb) + s.preproc_workers * s.max_media_mb
-    return [
+    needs = [
         Need("the front, the forkserver", FRONT_BYTES + SHARED_BYTES),
         Need("connections", s.max_connections * (CONNECTION_BYTES + head)),
         # Base64 stays beside what was decoded from it, which is charged; a body may go beyond the bound once.
@@ -46,6 +49,13 @@ def worst_case(settings: Settings) -> list[Need]:
         Need("the arena", s.arena_mb * MIB),
         Need(f"{processes} preparers", processes * (s.preproc_memory_mb * MIB + LOADED_BYTES)),
     ]
+    if s.nixl_pool_mb:
+        needs.append(Need("embeddings that wait to be read by NIXL", s.nixl_pool_mb * MIB))
+    if (shared := shared_address(s)) is not None:
+        needs.append(Need("embeddings that wait for the shared cache", QUEUED_BYTES))
+        if isinstance(shared, MooncakeAddress):
+            needs.append(Need("Mooncake's buffer, and what is lent to the store", LOCAL_BYTES + shared.segment_bytes))
+    return needs
 
 
 def available(proc: Path = PROC, mount: Path = MOUNT) -> int:

@@ -98,7 +98,7 @@ class Planner:
             "requests_per_s_of_a_server": goodput.rate,
             "preparing_cores_of_a_server": share * mean("prepare_s"),
             "threads_of_a_server": max(1, math.ceil(share * mean("prepare_s") / 0.7)),
-            "busy_of_a_rank": share * mean("forward_s") / (self._machine.at_once * self._machine.groups),
+            "busy_of_a_rank": share * mean("forward_s") / (self._machine.computing * self._machine.groups),
             "requests_in_progress_of_a_server": held,
             "media_in_progress_mb_of_a_server": held * held_bytes / weights / 1e6,
             "latency_s": {f"p{percent}": percentile(ordered, percent) for percent in (50, 99)},

@@ -1,7 +1,7 @@
 """One server under a load, simulated: the batcher and its queue are the server's own code, in virtual time.
 
-What is around them is modelled. Preparing takes a thread and a core; a forward takes one of the places side by side,
-and on a CPU a core; the front does one request after the other. Cores go to who asked first.
+What is around them is modelled. Preparing takes a thread and a core; a forward takes one of the places that
+compute, and on a CPU a core; the front does one request after the other. Cores go to who asked first.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Machine:
     cores: int
     threads: int
     at_once: int
+    computing: int
     batch_cost: int | None
     budgets: dict[Modality, int]
     fixed_s: dict[Modality, float]
@@ -69,15 +70,17 @@ def machine_of(bench: dict[str, Any], *, cores: int | None, threads: int | None,
     capacity = server.get("capacity")
     if not capacity or not bench.get("profile"):
         raise StartupError("the file has no costs: make it by `encode-server bench URL --objective-ms MS --json FILE`")
+    on_cores = server.get("device") == "cpu"
     fixed = {name: max(0.0, parts[0]) if parts else 0.0 for name, parts in capacity["costs"].items()}
     return Machine(
         cores=cores or capacity["cores"],
         threads=threads or capacity["preparer_threads"],
         at_once=capacity["at_once"],
+        computing=capacity.get("computing", capacity["at_once"] if on_cores else 1),  # older servers do not say
         batch_cost=capacity["batch_cost"],
         budgets={Modality(name): budget for name, budget in capacity["budgets"].items()},
         fixed_s={Modality(name): seconds for name, seconds in fixed.items()},
-        on_cores=server.get("device") == "cpu",
+        on_cores=on_cores,
         hit_rate=hit_rate,
         groups=capacity["dp"],
     )
@@ -116,7 +119,7 @@ class _Group:
 
     def __init__(self, machine: Machine, cores: asyncio.Semaphore, costs: dict[int, float], info: EncoderInfo) -> None:
         self._machine, self._cores, self._costs, self.info = machine, cores, costs, info
-        self._places = asyncio.Semaphore(machine.at_once)
+        self._places = asyncio.Semaphore(machine.computing)
 
     async def forward(
         self, modality: Modality, items: tuple[ItemRef, ...], expected_s: float | None = None
@@ -134,7 +137,10 @@ class _Engine:
 
     def __init__(self, machine: Machine, cores: asyncio.Semaphore) -> None:
         self.costs: dict[int, float] = {}
-        self.info = EncoderInfo("simulated", {}, DTYPE, "simulated", 0, machine.at_once, machine.batch_cost)
+        at_once, computing = machine.at_once, machine.computing
+        self.info = EncoderInfo(
+            "simulated", {}, DTYPE, "simulated", 0, at_once, machine.batch_cost, computing=computing
+        )
         self.groups = [_Group(machine, cores, self.costs, self.info) for _ in range(machine.groups)]
 
     async def changed(self) -> None:

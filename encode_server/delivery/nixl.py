@@ -44,6 +44,16 @@ class NixlAgent:
         self._taken: dict[bytes, asyncio.Future[None]] = {}
         self._watching: asyncio.Task[None] | None = None
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of embeddings that destinations have not read."""
+        return self._arena.used
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes of the memory; beyond it an embedding waits."""
+        return self._arena.size
+
     @contextlib.asynccontextmanager
     async def offer(self, data: memoryview) -> AsyncIterator[tuple[RemoteMemory, asyncio.Future[None]]]:
         """Where the embedding can be read while the context is open, and what ends when it has been. Waits for room.

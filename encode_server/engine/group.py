@@ -309,9 +309,13 @@ class RankGroup:
         elif forward and len({bool(one.error) for one in pending.done.values()}) > 1:
             self._fail_divided(pending)
         else:
+            was_oldest = self.oldest() is pending
             del self._pending[done.seq]
             self.forwarded += forward and not done.error
             self._note_started()
+            info, oldest = self._ranks[0].info, self.oldest()
+            if was_oldest and oldest is not None and info is not None and info.computing == 1:
+                oldest.started = time.monotonic()  # until now it was only queued on the device
             if not pending.future.done():
                 pending.future.set_result([pending.done[index] for index in sorted(pending.done)])
 

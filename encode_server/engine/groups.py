@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Container
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupLost, GroupSpec
@@ -23,6 +23,15 @@ log = logging.getLogger(__name__)
 
 AGAIN_S = 60.0  # from the failure of a group to its next start, unless all have failed
 OVER = (EngineState.FAILED, EngineState.STOPPED)
+
+
+class Told(NamedTuple):
+    """A rank's answer to a command about profiles. `group`: what its trace's name has between path and rank. `pid`: of
+    the rank's process."""
+
+    group: str
+    pid: int | None
+    done: m.Done
 
 
 class RankGroups:
@@ -119,19 +128,15 @@ class RankGroups:
         """Return at the next change of a group's state."""
         await self._changes.wait()
 
-    async def start_profile(self, path: str, forwards: int | None) -> list[m.Done]:
+    async def start_profile(self, path: str, forwards: int | None) -> list[Told]:
         """Have every rank of every ready group record, see `wire.ranks.StartProfile`; the traces of several groups also
         have the group in their names. Raises NotReady without a ready group."""
-        ready = self._profiled()
-        calls = [group.start_profile(path + name, forwards) for name, group in ready.items()]
-        return [done for dones in await _together(calls) for done in dones]
+        return await self._tell(lambda name, group: group.start_profile(path + name, forwards))
 
-    async def stop_profile(self) -> list[tuple[str, m.Done]]:
-        """Have every rank write its trace: what the traces' names have between path and rank, and each rank's word.
-        Raises NotReady without a ready group."""
-        ready = self._profiled()
-        calls = [group.stop_profile() for group in ready.values()]
-        return [(name, done) for name, dones in zip(ready, await _together(calls), strict=True) for done in dones]
+    async def stop_profile(self, only: Container[str] | None = None) -> list[Told]:
+        """Have every rank write its trace, or the ranks of the groups `only`, by `Told.group`. Raises NotReady without
+        a ready group."""
+        return await self._tell(lambda name, group: group.stop_profile(), only)
 
     async def run(self) -> None:
         """Keep every group alive until cancelled. Raises StartupError when all have failed, or when a process cannot be
@@ -156,24 +161,31 @@ class RankGroups:
                 log.error("group %d is out of use, and is tried again in %g s: %s", index, AGAIN_S, error)
                 await asyncio.sleep(AGAIN_S)
 
-    def _profiled(self) -> dict[str, Supervisor]:
-        """The ready groups, by what the names of their traces begin with."""
-        ready = {index: group for index, group in enumerate(self.groups) if group.ready}
-        if not ready:
-            raise NotReady(f"the encoder is not available: {self.reason}")
+    async def _tell(
+        self,
+        call: Callable[[str, Supervisor], Awaitable[list[m.Done]]],
+        only: Container[str] | None = None,
+    ) -> list[Told]:
+        """What the ranks of the ready groups answer. A group that is lost meanwhile has no say, unless all are."""
         several = len(self.groups) > 1
-        return {f"group{index}-" if several else "": group for index, group in ready.items()}
+        named = {f"group{index}-" if several else "": group for index, group in enumerate(self.groups)}
+        ready = {name: group for name, group in named.items() if group.ready and (only is None or name in only)}
+        answers = await asyncio.gather(*(call(name, group) for name, group in ready.items()), return_exceptions=True)
+        told = []
+        for (name, group), answer in zip(ready.items(), answers, strict=True):
+            if isinstance(answer, list):
+                pids = dict(enumerate(group.rank_pids))
+                told += [Told(name, pids.get(done.rank), done) for done in answer]
+            elif not isinstance(answer, GroupLost):
+                raise answer
+        if not told:
+            lost = next((str(answer) for answer in answers if isinstance(answer, GroupLost)), self.reason)
+            raise NotReady(f"the encoder is not available: {lost}")
+        return told
 
     @property
     def _best(self) -> Supervisor:
         return min(self.groups, key=lambda group: NEARNESS.index(group.state))
-
-
-async def _together(calls: Sequence[Coroutine[Any, Any, list[m.Done]]]) -> list[list[m.Done]]:
-    try:
-        return await asyncio.gather(*calls)
-    except GroupLost as lost:
-        raise NotReady(f"the encoder is not available: {lost}") from None
 
 
 NEARNESS = [

@@ -198,7 +198,8 @@ def load(
     if setup.world == 1:
         at_once = min(setup.threads, ON_A_CPU) if device == "cpu" else ON_A_GPU
         small = SMALL_BATCH if device == "cpu" and at_once > 1 else None
-        encoder.info = msgspec.structs.replace(encoder.info, at_once=at_once, batch_cost=small)
+        computing = at_once if device == "cpu" else 1  # `Lane` computes one batch after another
+        encoder.info = msgspec.structs.replace(encoder.info, at_once=at_once, computing=computing, batch_cost=small)
     store = TensorStore(arena_fd, setup.arena_bytes)
     if device != "cpu":
         progress("pinning the arena")

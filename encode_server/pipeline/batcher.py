@@ -105,8 +105,8 @@ class Batcher:
 
     @property
     def _concurrent(self) -> int:
-        """Forwards that are executed concurrently, by the groups that are ready."""
-        return max(1, len(self._ready())) * (self._engine.info.at_once if self._engine.info else 1)
+        """Forwards that are computed concurrently, by the groups that are ready."""
+        return max(1, len(self._ready())) * (self._engine.info.computing if self._engine.info else 1)
 
     def budget(self, modality: Modality) -> int:
         """Encoder tokens of one batch, at present."""

@@ -69,7 +69,7 @@ class GroupWork:
 
     @property
     def side_by_side(self) -> int:
-        """Batches that the group executes concurrently."""
+        """Batches that the group has in progress, beside those that wait in its sockets."""
         return self.group.info.at_once if self.group.info else 1
 
     @property

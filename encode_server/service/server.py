@@ -117,7 +117,7 @@ class Server:
         self.shared: SharedCache | None = None
         self._shared_address = shared_address(settings)
         self._mooncake = _mooncake(settings)
-        self._nixl = NixlAgent(settings.nixl_pool_mb << 20) if settings.nixl_pool_mb else None
+        self.nixl = NixlAgent(settings.nixl_pool_mb << 20) if settings.nixl_pool_mb else None
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -177,10 +177,10 @@ class Server:
                 self.sglang,
                 store,
                 keyed=bool(settings.api_keys),
-                nixl=self._nixl,
+                nixl=self.nixl,
             )
-            if self._nixl is not None:
-                stack.callback(self._nixl.close)
+            if self.nixl is not None:
+                stack.callback(self.nixl.close)
             self.pools = pools
             stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             self._announcer.start(settings.advertise_port or self.port)

@@ -54,16 +54,17 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class Capacity(msgspec.Struct, frozen=True):
-    """What the server works with, for whoever plans more of them. `at_once`: forwards of a group side by side, of `dp`
-    groups. `batch_cost`,
-    `budgets`: patches and mel frames of a batch, see `wire.ranks.EncoderInfo` and the options. `costs`: seconds of a
-    forward as such, of a patch, of a pair of patches, by modality; None until learnt."""
+    """What the server works with, for whoever plans more of them. `at_once`, `computing`: forwards of a group,
+    of `dp` groups, in progress and computed concurrently. `batch_cost`, `budgets`: patches and mel frames of a batch,
+    see `wire.ranks.EncoderInfo` and the options. `costs`: seconds of a forward as such, of a patch, of a pair of
+    patches, by modality; None until learnt."""
 
     cores: int
     tp: int
     dp: int
     preparer_threads: int
     at_once: int
+    computing: int
     batch_cost: int | None
     budgets: dict[str, int]
     costs: dict[str, tuple[float, float, float] | None]
@@ -159,6 +160,7 @@ def _capacity(server: Server) -> Capacity | None:
         dp=server.settings.dp,
         preparer_threads=encoding.preparers.threads,
         at_once=info.at_once,
+        computing=info.computing,
         batch_cost=info.batch_cost,
         budgets={str(modality): encoding.batcher.budget(modality) for modality in costs},
         costs={str(modality): cost.parts for modality, cost in costs.items()},
@@ -189,5 +191,7 @@ def _levels(server: Server) -> Iterable[Level]:
         yield level("preparers' threads", preparers.threads_busy, preparers.threads, "", "preproc_workers")
         yield level("oldest forward", slowest.forward_age_s() or 0.0, slowest.limit_s(), "s", "stall_s")
         yield level("cache", encoding.cache.bytes, encoding.cache.max_bytes, "bytes", "cache_gb")
+    if (nixl := server.nixl) is not None:
+        yield level("embeddings to be read by NIXL", nixl.used_bytes, nixl.max_bytes, "bytes", "nixl_pool_mb")
     if (folder := server.folder) is not None:
         yield level("embedding store", folder.used_bytes, folder.max_bytes, "bytes", "ec_store_gb", "store")

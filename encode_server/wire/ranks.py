@@ -33,9 +33,11 @@ class EncoderInfo(msgspec.Struct, frozen=True):
     """What a rank loaded: embedding width per modality, dtype of the embeddings, bytes of weights on this rank.
 
     `pooled`: width of the one vector that the model itself makes for an item, by modality, where it makes one.
-    `class_token`: the first row of an item is that of a class token. `at_once`: forwards it executes side by side; they
-    start in the order sent. `batch_cost`: patches or mel frames of the batches it does best with, None for as many as
-    the budget allows.
+    `class_token`: the first row of an item is that of a class token. `at_once`: forwards that the rank
+    has in progress; they start in the order sent. `computing`: how many of them are computed concurrently, so that
+    `Done.forward_s` is the time of each beside so many others: all of them on a CPU, one on a GPU, where the others are
+    queued behind that one (`engine.lane`). `batch_cost`: patches or mel frames of the batches it does
+    best with, None for as many as the budget allows.
     """
 
     model_type: str
@@ -47,6 +49,7 @@ class EncoderInfo(msgspec.Struct, frozen=True):
     batch_cost: int | None = None
     pooled: dict[Modality, int] = {}
     class_token: bool = False
+    computing: int = 1
 
     def pools(self, modality: Modality) -> list[Pool]:
         """How items can be pooled."""

@@ -6,14 +6,19 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from encode_server.engine import group
 from encode_server.engine.arena import Arena
-from encode_server.engine.group import GroupLost, GroupSpec, RankGroup
+from encode_server.engine.group import GroupLost, GroupSpec, RankGroup, _Rank
 from encode_server.runtime.forkserver import Forkserver
 from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import Done
+from tests.engine.group_standin import INFO
 from tests.pipeline.desk import until
 
 
@@ -55,5 +60,34 @@ def test_a_signal_that_neither_the_server_nor_the_kernel_sent_came_from_outside(
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
             arena.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(("computing", "age_s"), [(1, 0.0), (2, 40.0)])
+def test_time_behind_another_forward_on_one_stream_is_not_the_forwards_own(
+    computing: int, age_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a short batch behind a long one would be taken for a hang."""
+    clock = [100.0]
+    monkeypatch.setattr(group, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    async def scene() -> None:
+        nobody = cast(Any, None)
+        spec = GroupSpec("", 1, "cpu", "float32", "float32", 1)
+        ranks = RankGroup(spec, nobody, nobody, lambda rank, step: None, lambda rank, text: None)
+        peer = SimpleNamespace(pid=None, link=SimpleNamespace(send=lambda frame: None))
+        ranks._ranks.append(_Rank(cast(Any, peer), info=msgspec.structs.replace(INFO, at_once=2, computing=computing)))
+        long, short = (asyncio.create_task(ranks.forward(Modality.IMAGE, ())) for _ in range(2))
+        await asyncio.sleep(0)
+        clock[0] += 40
+        ranks._acknowledge(Done(0, 1))
+        await long
+        oldest = ranks.oldest()
+        assert oldest is not None and ranks.age_s(oldest) == age_s
+        ranks.fail("rank 0 exited", group.Cause.DIED)
+        with pytest.raises(GroupLost) as lost:
+            await short
+        assert lost.value.suspect
 
     asyncio.run(scene())

@@ -42,7 +42,9 @@ class StandInEngine:
 
     def __init__(self, *, at_once: int = 1, batch_cost: int | None = None, changes: Changes | None = None) -> None:
         dims = dict.fromkeys(Modality, DIM)
-        self.info: EncoderInfo | None = EncoderInfo("stand-in", dims, "float32", "cpu", 0, at_once, batch_cost)
+        self.info: EncoderInfo | None = EncoderInfo(
+            "stand-in", dims, "float32", "cpu", 0, at_once, batch_cost, computing=at_once
+        )
         self.ready = self.loaded = True
         self.groups = [self]
         self.batches: list[Batch] = []
@@ -137,7 +139,11 @@ class StandInGroups:
         self.groups = [
             StandInEngine(at_once=at_once, batch_cost=batch_cost, changes=self._changes) for _ in range(count)
         ]
-        self.info = self.groups[0].info
+
+    @property
+    def info(self) -> EncoderInfo | None:
+        """What each group has loaded."""
+        return self.groups[0].info
 
     @property
     def over(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
 from encode_server.engine.group import GroupLost
@@ -234,6 +235,27 @@ def test_out_of_memory_beside_another_batch_is_tried_again_alone() -> None:
         first.end()
         assert await d.all_ended() == {"a": "ok", "b": "ok"}
         assert d.batcher.budget(Modality.IMAGE) == 100
+
+    run(scenario, at_once=2)
+
+
+def test_a_batch_that_only_waits_on_the_device_doubles_no_capacity() -> None:
+    """On a GPU two batches are in progress, and the device computes one after the other."""
+
+    async def scenario(d: Desk) -> None:
+        cost = d.batcher.costs[Modality.IMAGE]
+        for batch in range(1, 17):
+            cost.observe(100 * batch, 0, 100.0 * batch)
+        assert d.engine.info is not None
+        assert d.batcher.capacity == pytest.approx(2.0, rel=0.01)
+        await d.submit("a", 100)
+        await settle()
+        beside_s = d.batcher.backlog_s
+        d.engine.info = msgspec.structs.replace(d.engine.info, computing=1)
+        assert d.batcher.capacity == pytest.approx(1.0, rel=0.01)
+        assert d.batcher.backlog_s > 1.5 * beside_s
+        d.engine.open[0].end()
+        assert await d.all_ended() == {"a": "ok"}
 
     run(scenario, at_once=2)
 

@@ -57,6 +57,21 @@ def test_the_worst_case_is_the_sum_of_its_parts_and_follows_the_options(monkeypa
     assert memory.warning(Settings()) is None
 
 
+@pytest.mark.parametrize(
+    ("options", "more_mb"),
+    [
+        ({"nixl_pool_mb": 100}, 100),
+        ({"shared_cache": "redis://host"}, 128),
+        ({"shared_cache": "mooncake://host:1/64", "mooncake_host": "10.0.0.1"}, 128 + 128 + 64),
+    ],
+)
+def test_the_worst_case_has_what_only_some_options_need(options, more_mb):
+    def needed(settings: Settings) -> int:
+        return sum(part.nbytes for part in memory.worst_case(settings))
+
+    assert needed(Settings(**options)) - needed(Settings()) == more_mb << 20
+
+
 def test_a_control_groups_memory_counts(tmp_path):
     proc, mount = tmp_path / "cgroup", tmp_path / "mount"
     group = mount / "a/b"
