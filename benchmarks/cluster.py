@@ -32,7 +32,6 @@ from encode_server.media.unique import jpeg
 
 AT_A_TIME = 6
 POOL = 120  # images that are asked for again and again
-SIDE = 112
 GIVE_UP_S = 120.0
 PORT = 8123
 SERVER = {"device": "cpu", "preproc_workers": 2, "arena_mb": 256, "rank_threads": 1, "log_level": "warning"}
@@ -87,13 +86,13 @@ class RayNodes:
 
     url, delivery = f"http://127.0.0.1:{PORT}", None
 
-    def __init__(self, choice: str, nodes: int) -> None:
+    def __init__(self, choice: str, nodes: int, least: int) -> None:
         import ray
         from ray import serve
         from ray.cluster_utils import Cluster
 
         os.environ |= {"RAY_DEDUP_LOGS": "0", "HF_HUB_OFFLINE": "1"}
-        self._choice, self._most, self._version = choice, nodes, 0
+        self._choice, self._least, self._most, self._version = choice, least, nodes, 0
         head = {"num_cpus": 0, "resources": {"head": 1}, "include_dashboard": False, "object_store_memory": 100 << 20}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes = [self._add() for _ in range(nodes)]
@@ -119,7 +118,7 @@ class RayNodes:
             {
                 "model": "demo",
                 "options": SERVER | {"cache_gb": 0.25 * self._version},
-                "min_replicas": 1,
+                "min_replicas": self._least,
                 "max_replicas": self._most,
                 "target_backlog_s": 0.1,
                 "upscale_delay_s": 2,
@@ -207,10 +206,10 @@ async def ask(under: Encoders, tally: Tally, pool: list[str], leaving: threading
                 tally.lost.append(f"{answer.status_code} {answer.text[:80]}")
 
 
-def load(under: Encoders, seconds: float, kill_every_s: float) -> dict[str, Any]:
+def load(under: Encoders, seconds: float, kill_every_s: float, side: int, images: int) -> dict[str, Any]:
     """Clients for so long; encoders killed, and in the middle all of them replaced."""
     tally, leaving = Tally(), threading.Event()
-    pool = [base64.b64encode(jpeg(SIDE, SIDE, seed).copy()).decode() for seed in range(POOL)]
+    pool = [base64.b64encode(jpeg(side, side, seed).copy()).decode() for seed in range(images)]
 
     async def clients() -> None:
         await asyncio.gather(*(ask(under, tally, pool, leaving, seed) for seed in range(AT_A_TIME)))
@@ -241,17 +240,24 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--kill-every-s", type=float, default=20)
     parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--least", type=int, default=2, help="replicas that there always are")
+    parser.add_argument("--side", type=int, default=112, help="pixels a side of an image")
+    parser.add_argument("--images", type=int, default=POOL, help="different images; some are asked for far more often")
     parser.add_argument(
         "--fleet", action="store_true", help="servers behind `encode-server route` instead of a cluster"
     )
     parser.add_argument("--choice", choices=["content", "least_loaded"], default="content")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    under: Encoders = (Fleet if options.fleet else RayNodes)(options.choice, options.nodes)
+    under: Encoders = (
+        Fleet(options.choice, options.nodes)
+        if options.fleet
+        else RayNodes(options.choice, options.nodes, options.least)
+    )
     try:
-        found = load(under, 60 * options.minutes, options.kill_every_s)
+        found = load(under, 60 * options.minutes, options.kill_every_s, options.side, options.images)
         if not options.fleet:
-            found["encoders_when_idle"] = _idle(under)
+            found["encoders_when_idle"] = _idle(under, options.least)
     finally:
         under.close()
     table = Table("what", "figure", title="route" if options.fleet else "Ray Serve")
@@ -263,10 +269,10 @@ def main() -> int:
     return int(bool(found["lost"]))
 
 
-def _idle(under: Encoders) -> int:
+def _idle(under: Encoders, least: int) -> int:
     """Encoders that are left without load."""
     deadline = time.monotonic() + 60
-    while under.count() > 1 and time.monotonic() < deadline:
+    while under.count() > least and time.monotonic() < deadline:
         time.sleep(1)
     return under.count()
 
