@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     bundle.add_argument("--log", type=Path, metavar="FILE", help="the server's log, of which the end is taken")
     bundle.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
 
-    route = commands.add_parser("route", help="proxy before vLLM: media to encode servers, the rest to the engine")
+    route = commands.add_parser("route", help="stand between vLLM or SGLang and encode servers: one address for many")
     add_route_options(route)
 
     options = vars(parser.parse_args(argv))

@@ -59,7 +59,6 @@ class Settings(BaseSettings):
     flash_attention: Literal["2", "3"] = Field(
         "2", description="version of FlashAttention on a GPU; 3: a Hopper GPU with the package flash_attn_3 installed"
     )
-
     tf32: bool = Field(
         False,
         description="on a GPU, multiply float32 matrices in TF32, several times faster and less exact",
@@ -79,7 +78,6 @@ class Settings(BaseSettings):
         description="KiB a second at which a client must send its body and take its answer, on average after 5 s; "
         "0: any rate",
     )
-
     api_keys: CommaList = Field(
         (),
         description="keys of which all but probes, metrics and docs want one as `Authorization: Bearer`; better set by "
@@ -151,7 +149,9 @@ class Settings(BaseSettings):
 
     # Limits.
     max_requests: int = Field(1024, ge=1, description="requests in progress; beyond it 429")
-    max_inflight_mb: int = Field(4096, ge=1, description="media of the requests in progress; beyond it 429")
+    max_inflight_mb: int = Field(
+        4096, ge=1, description="bodies, downloads and embeddings of the requests in progress; beyond it 429"
+    )
     max_inflight_tokens: int = Field(
         4_000_000, ge=1, description="patches and mel frames of the requests in progress; beyond it 429"
     )
@@ -201,7 +201,6 @@ class Settings(BaseSettings):
         (), description="networks or hosts beside private and loopback ones that embeddings may be pushed to"
     )
     send_timeout_s: float = Field(30.0, gt=0, description="longest time a destination may take to accept a part")
-
     nixl_pool_mb: int = Field(
         0,
         ge=0,

@@ -67,7 +67,11 @@ def run(options: dict[str, Any]) -> int:
 
 
 def _find(options: dict[str, Any], mix: Mix, source: Iterator[LoadRequest], console: Console) -> int:
-    """The highest rate that holds the objective."""
+    """The highest rate that holds the objective. Raises StartupError for options by which no search ends."""
+    if not options["precision"] > 0:
+        raise StartupError(f"--precision: got {options['precision']:g}, takes a number above zero, 0.1 for a tenth")
+    if options["rate"] is not None and not options["rate"] > 0:
+        raise StartupError(f"--rate: got {options['rate']:g}, takes requests a second, above zero")
     objective = Objective(options["objective_ms"] / 1e3, options["percentile"])
     costs: list[dict[str, Any]] = []
     server: dict[str, Any] | None = None

@@ -138,6 +138,8 @@ async def highest_rate(measure: Measure, objective: Objective, first: float, pre
         if held and missed <= held * (1 + precision):
             break
         rate = held * 2 if missed == float("inf") else missed / 2 if not held else (held * missed) ** 0.5
+        if rate in (held, missed):  # no number lies between the two
+            break
     return steps
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,10 @@ def mix_from(document: Any, where: str) -> Mix:
         if unknown := table.keys() - FIELDS:
             raise StartupError(f"{where}: {sorted(unknown)[0]} is no field of [[request]], takes media, items, weight")
         share = Share(str(table.get("media", "")), table.get("items", 1), table.get("weight", 1.0))
-        if not isinstance(share.items, int) or share.items < 1 or not share.weight > 0:
-            raise StartupError(f"{where}: items takes a number above zero, and so does weight")
+        if not isinstance(share.items, int) or share.items < 1:
+            raise StartupError(f"{where}: items takes a whole number above zero, got {share.items!r}")
+        if not isinstance(share.weight, int | float) or not 0 < share.weight < math.inf:
+            raise StartupError(f"{where}: weight takes a number above zero, without quotes, got {share.weight!r}")
         shares.append(share)
     repeat = document.get("repeat", 0.0)
     if not isinstance(repeat, int | float) or not 0 <= repeat < 1:

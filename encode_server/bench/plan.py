@@ -53,7 +53,7 @@ def run(options: dict[str, Any]) -> int:
 
 
 class Planner:
-    """Simulations of one server; servers that share a load at random are alike."""
+    """Simulations of one server. The servers of a plan share the load at random, so that one server stands for all."""
 
     def __init__(self, kinds: list[Kind], machine: Machine, objective: Objective, seconds: float) -> None:
         self._kinds, self._machine, self._objective, self._seconds = kinds, machine, objective, seconds

@@ -16,7 +16,6 @@ from encode_server.wire.load import COST_HEADER
 
 TRIES = 7  # of each kind, one after the other; the first two warm up
 WARM = 2
-BURST = 32  # requests sent together, so that the server sees batches of several sizes and learns what they cost
 
 
 async def profile(client: LoadClient, mix: Mix) -> list[dict[str, Any]]:

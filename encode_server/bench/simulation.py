@@ -166,7 +166,7 @@ class _Server:
         self._cores = asyncio.Semaphore(machine.cores)
         self._threads, self._front = asyncio.Semaphore(machine.threads), asyncio.Semaphore(1)
         self._engine, self._arena = _Engine(machine, self._cores), _Arena()
-        self._batcher = Batcher(self._engine, machine.budgets, Metrics())
+        self._batcher = Batcher(self._engine, machine.budgets, Metrics(groups=machine.groups))
         batching = asyncio.create_task(self._batcher.run())
         step, loop = Step(rate, seconds=seconds), asyncio.get_running_loop()
         weights = [kind.weight for kind in self._kinds]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 from collections import OrderedDict
@@ -96,7 +97,7 @@ class Encoders:
         encoder = self._members[url] = Encoder(self._make(url), self._item_cost)
         self._announce()
         if self._watching is not None:
-            self._watchers[encoder] = self._watching.create_task(self._watch(encoder))
+            self._begin_watching(encoder, self._watching)
         return encoder
 
     def remove(self, url: str) -> None:
@@ -181,8 +182,13 @@ class Encoders:
         async with asyncio.TaskGroup() as group:
             self._watching = group
             for encoder in self.all:
-                self._watchers[encoder] = group.create_task(self._watch(encoder))
+                self._begin_watching(encoder, group)
             await asyncio.Event().wait()  # members may come while there are none
+
+    def _begin_watching(self, encoder: Encoder, group: asyncio.TaskGroup) -> None:
+        # In an empty context: probes carry no request's headers, not even of the request that registered the encoder.
+        watcher = group.create_task(self._watch(encoder), context=contextvars.Context())
+        self._watchers[encoder] = watcher
 
     async def _watch(self, encoder: Encoder) -> None:
         misses = 0

@@ -1,6 +1,6 @@
-"""Headers that go with every request to an encoder from here on: who calls on behalf of another passes on the trace.
+"""Headers that a program which calls encoders on behalf of its own callers adds to those calls, such as the trace.
 
-They travel with asyncio's context, so callers in between need not know of them.
+The headers travel with asyncio's context, so that functions in between need not know of them.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from encode_server.client.early import EarlyParts
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ReceiverClosed
 from encode_server.client.remote import RemoteReader
+from encode_server.wire.remote import agent_types
 
 MAX_READS = 256  # embeddings that wait to be read by NIXL
 
@@ -51,8 +52,11 @@ class EmbeddingReceiver:
         self.max_part_bytes = max_part_bytes
         self.rejected = 0
         self.duplicates = 0
-        self._reader = RemoteReader() if nixl else None
-        self._thread = ThreadPoolExecutor(1, "nixl") if nixl else None
+        if nixl:
+            agent_types()  # raises ImportError
+        self._nixl = nixl
+        self._reader: RemoteReader | None = None
+        self._thread: ThreadPoolExecutor | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._early = EarlyParts(max_early_bytes, max_early_age)
         self._waiting: dict[str, Assembly] = {}
@@ -82,9 +86,14 @@ class EmbeddingReceiver:
             socket.ipv6 = "[" in self.bind
             socket.bind(self.bind)
             host, _, port = socket.getsockopt_string(zmq.LAST_ENDPOINT).removeprefix("tcp://").rpartition(":")
+            if self._nixl:
+                self._reader, self._thread = RemoteReader(), ThreadPoolExecutor(1, "nixl")
         except zmq.ZMQError as exc:
             context.destroy(linger=0)
             raise OSError(exc.errno, f"cannot listen on {self.bind}: {exc.strerror}") from exc
+        except BaseException:  # NIXL's own errors have no common base
+            context.destroy(linger=0)
+            raise
         self._address = host.strip("[]"), int(port)
         self._context = context
         self._pump = asyncio.create_task(self._receive_all(socket), name="embedding-receiver")
@@ -96,18 +105,25 @@ class EmbeddingReceiver:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Closes the socket; whoever still waits gets `ReceiverClosed`. A second call does nothing."""
+        """Closes the socket and ends reads by NIXL; whoever still waits gets `ReceiverClosed`. A second call does
+        nothing, and the receiver may be entered again."""
         if self._pump is None or self._context is None:
             return
         pump, context, self._pump, self._context = self._pump, self._context, None, None
         pump.cancel()
-        for task in self._tasks:
-            task.cancel()
+        reader, thread, self._reader, self._thread = self._reader, self._thread, None, None
         try:
             await asyncio.wait([pump])
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             self._early.clear()
             context.destroy(linger=0)
+            if reader is not None and thread is not None:
+                closing = asyncio.get_running_loop().run_in_executor(None, reader.close)
+                thread.shutdown(wait=False, cancel_futures=True)
+                await closing
 
     async def receive(self, req_id: str, *, timeout: float = 120.0) -> Embedding:
         """The embedding of `req_id`, whole: the rows of all its parts in the order of their `part_idx`.
@@ -172,17 +188,16 @@ class EmbeddingReceiver:
             raise ProtocolError(f"an embedding of {part.cost} bytes")
         if len(self._tasks) >= MAX_READS:
             raise ProtocolError(f"{MAX_READS} embeddings wait to be read already")
-        task = asyncio.create_task(self._read_and_add(part))
+        assert self._reader is not None and self._thread is not None
+        task = asyncio.create_task(self._read_and_add(part, self._reader, self._thread))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _read_and_add(self, part: Part) -> None:
+    async def _read_and_add(self, part: Part, reader: RemoteReader, thread: ThreadPoolExecutor) -> None:
         header = part.header
-        assert self._reader is not None and header.memory is not None
+        assert header.memory is not None
         try:
-            data = await asyncio.get_running_loop().run_in_executor(
-                self._thread, self._reader.read, header.memory, part.nbytes
-            )
+            data = await asyncio.get_running_loop().run_in_executor(thread, reader.read, header.memory, part.nbytes)
             whole = replace(part, data=data)
             added = (self._waiting.get(header.req_id) or self._early).add(whole)
         except ProtocolError as exc:

@@ -38,7 +38,7 @@ class Inbox:
             self._context.destroy(linger=0)
             raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.received = self.refused = self.malformed = 0
+        self.received = self.refused = self.malformed = self.failed = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="encode-server-inbox", daemon=True)
         self._thread.start()
@@ -46,17 +46,28 @@ class Inbox:
     def close(self) -> None:
         """Take nothing more."""
         self._closing.set()
+        if self._reader is not None:
+            self._reader.close()
         self._thread.join(5)
 
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
                 if self._socket.poll(200):
-                    self._take(self._socket.recv_multipart(copy=False))
+                    self._take_safely(self._socket.recv_multipart(copy=False))
         except zmq.ZMQError as error:
             logger.error("no more embeddings are received: %s", error)
         finally:
             self._context.destroy(linger=0)
+
+    def _take_safely(self, frames: list[zmq.Frame]) -> None:
+        """No message may end the thread: nothing would be received until vLLM is restarted."""
+        try:
+            self._take(frames)
+        except Exception:
+            self.failed += 1
+            if self.failed.bit_count() == 1:
+                logger.exception("a message could not be taken, the %dth of its kind", self.failed)
 
     def _take(self, frames: list[zmq.Frame]) -> None:
         try:

@@ -91,6 +91,23 @@ def test_a_server_that_is_always_late_has_no_goodput(tmp_path, capsys):
     assert status == 1 and document["goodput"] is None and "no rate held" in said
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--precision", "0"), "--precision: got 0, takes a number above zero"),
+        (("--precision", "-1"), "--precision: got -1"),
+        (("--rate", "-5"), "--rate: got -5, takes requests a second, above zero"),
+    ],
+)
+def test_a_search_that_cannot_end_is_one_sentence(capsys, more, said):
+    assert cli.main(["bench", "http://127.0.0.1:1", "--objective-ms", "20", *more]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_search_ends_where_no_number_is_between_held_and_missed():
+    assert best(search(37, 1, precision=1e-30), OBJECTIVE).rate == pytest.approx(37)
+
+
 def test_engines_are_asked_for_a_chat():
     request = next(of_kind("16", 2, chat_model="my model"))
     body = json.loads(b"".join(request.pieces))
@@ -118,7 +135,9 @@ def test_a_mix_is_read_and_drawn_by_its_weights(tmp_path):
     [
         ("", "takes tables"),
         ('[[request]]\nmedium = "16"', "medium is no field"),
-        ('[[request]]\nmedia = "16"\nitems = 0', "items takes a number above zero"),
+        ('[[request]]\nmedia = "16"\nitems = 0', "items takes a whole number above zero, got 0"),
+        ('[[request]]\nmedia = "16"\nweight = "2"', "weight takes a number above zero, without quotes, got '2'"),
+        ('[[request]]\nmedia = "16"\nweight = inf', "weight takes a number above zero"),
         ('repeat = 1\n[[request]]\nmedia = "16"', "repeat takes a part"),
         ("[[", "is no TOML"),
     ],

@@ -68,6 +68,10 @@ def test_on_a_cpu_forwards_take_cores():
     assert not at(400, machine=CPU).holds(OBJECTIVE)
 
 
+def test_groups_of_ranks_share_the_load():
+    assert at(1000, machine=replace(GPU, groups=2), seconds=1).holds(OBJECTIVE), "one group does 864 a second"
+
+
 @pytest.fixture
 def bench(tmp_path):
     document = {
@@ -118,6 +122,16 @@ def test_a_plan_says_what_a_load_takes(bench, tmp_path, capsys):
     assert plan["in_time"] >= 0.9 and plan["latency_s"]["p50"] < 1
     assert plan["preparing_cores_of_a_server"] == pytest.approx(300 / plan["servers"] * 0.04)
     assert plot.read_text().count("<svg") == 3 and "servers" in capsys.readouterr().out
+
+
+def test_a_plan_counts_the_ranks_of_all_groups(bench, tmp_path):
+    document = json.loads(bench.read_text())
+    document["server"]["capacity"]["dp"] = 2
+    bench.write_text(json.dumps(document))
+    out = tmp_path / "plan.json"
+    assert cli.main(["plan", str(bench), "--rate", "300", "--seconds", "1", "--json", str(out)]) == 0
+    plan = json.loads(out.read_text())
+    assert plan["ranks"] == 4 * plan["servers"] and plan["requests_per_s_of_a_server"] > 110, "one group holds less"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import asyncio
 from encode_server.client.affinity import by_affinity
 from encode_server.client.encoders import Encoders
 from encode_server.client.http import EncodeClient
+from encode_server.client.passed_on import pass_on, passed_on
 from encode_server.wire.load import Load, load_from, load_headers
 
 URLS = ["http://a:1", "http://b:1", "http://c:1"]
@@ -77,6 +78,32 @@ def test_an_item_that_went_elsewhere_stays_there():
     assert pool.pick(key) is b
     b.healthy = False
     assert pool.pick(key) is a
+
+
+def test_probes_carry_nothing_of_the_request_that_registered_an_encoder(monkeypatch):
+    probed = []
+
+    async def health(client, *, timeout):
+        probed.append(dict(passed_on()))
+
+    async def register(pool) -> None:
+        pass_on({"X-Request-ID": "r7"})
+        pool.add("http://a:1")
+
+    async def scenario() -> None:
+        pool = Encoders([], EncodeClient, "content", 5.0)
+        watching = asyncio.create_task(pool.watch())
+        await asyncio.sleep(0)
+        await asyncio.create_task(register(pool))
+        async with asyncio.timeout(10):
+            while not probed:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        watching.cancel()
+        await asyncio.wait([watching])
+
+    monkeypatch.setattr(EncodeClient, "health", health)
+    asyncio.run(scenario())
+    assert probed == [{}]
 
 
 def test_members_come_and_go():

@@ -47,7 +47,23 @@ def test_kubernetes_takes_it(rendered):
 
 def test_the_monitoring_overlay_renders():
     kinds = [resource["kind"] for resource in render("monitoring")]
-    assert sorted(kinds) == ["ConfigMap", "PrometheusRule", "ScaledObject", "ServiceMonitor"]
+    assert sorted(kinds) == ["ConfigMap", "PrometheusRule", "ScaledObject", "ServiceMonitor", "ServiceMonitor"]
+
+
+def test_each_service_monitor_finds_the_service_it_is_for():
+    services = [resource["metadata"] for resource in render("fleet") if resource["kind"] == "Service"]
+    monitors = [resource for resource in render("monitoring") if resource["kind"] == "ServiceMonitor"]
+    for monitor in monitors:
+        wanted = monitor["spec"]["selector"]["matchLabels"].items()
+        found = [service["name"] for service in services if wanted <= service.get("labels", {}).items()]
+        assert found == [monitor["metadata"]["name"]], "no pod is scraped twice"
+    assert {monitor["metadata"]["name"] for monitor in monitors} == {"encode-server", "encode-server-route"}
+
+
+def test_route_is_given_a_single_key():
+    (route,) = [r for r in render("fleet") if r["kind"] == "Deployment" and r["metadata"]["name"].endswith("route")]
+    env = {variable["name"]: variable for variable in pod({"Deployment": route})[1]["env"]}
+    assert env["ENCODE_ROUTE_ENCODER_API_KEY"]["valueFrom"]["secretKeyRef"]["key"] == "route-api-key"
 
 
 def test_the_fleet_is_taken_and_route_is_let_in_to_the_encoders():

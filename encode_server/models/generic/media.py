@@ -115,7 +115,7 @@ class MediaProcessor:
                 if count > 1:
                     self._worked[modality] = attempt
                     return found
-                # The one may be the prompt's own: a processor that makes the whole prompt by itself leaves it alone.
+                # A single placeholder may be the prompt's: a processor that makes prompts by itself does not expand it.
                 single = single or found
                 break
             else:
