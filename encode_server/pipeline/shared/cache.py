@@ -209,15 +209,8 @@ class SharedCache:
                 look = left[0]
                 self._tell(look.answer, _found(look, value))
                 left.popleft()
-        except TimeoutError as error:
-            outcome, why = "timeout", first_line(error)
-        except Refused as error:
-            outcome, why = "refused", first_line(error)
-        except Unreachable as error:
-            why = first_line(error)
         except Exception as error:
-            log.exception("a look-up in the shared cache failed")
-            why = first_line(error)
+            outcome, why = _failure(error)
         self._tell(self._has_read, line, left, outcome, why)
 
     def _has_read(self, line: Line, left: deque[_Look], outcome: str, why: str) -> None:
@@ -246,15 +239,8 @@ class SharedCache:
             for refused in self._writer.store(entries, began + WRITE_S):
                 outcomes.append("stored" if refused is None else "full" if refused.full else "refused")
                 why = why if refused is None else first_line(refused)
-        except TimeoutError as error:
-            outcome, why = "timeout", first_line(error)
-        except Refused as error:
-            outcome, why = "refused", first_line(error)
-        except Unreachable as error:
-            why = first_line(error)
         except Exception as error:
-            log.exception("a write to the shared cache failed")
-            why = first_line(error)
+            outcome, why = _failure(error)
         outcomes += [outcome] * (len(batch) - len(outcomes))
         self._tell(self._has_written, batch, outcomes, time.monotonic() - began, why)
 
@@ -277,6 +263,20 @@ class SharedCache:
     def _tell(self, function: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """What the metrics call a failed exchange, and why the exchange failed."""
+    match error:
+        case TimeoutError():
+            outcome = "timeout"
+        case Refused():
+            outcome = "refused"
+        case _:
+            outcome = "unreachable"
+            if not isinstance(error, Unreachable):
+                log.error("an exchange with the shared cache failed", exc_info=error)
+    return outcome, first_line(error)
 
 
 def _found(look: _Look, value: memoryview | None) -> EncodedItem | str:
