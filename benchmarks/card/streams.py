@@ -22,23 +22,30 @@ Task = Callable[[], None]
 
 
 class Stream:
-    """Tasks in order. A task runs when this stream is waited for, or a stream that waits for this one."""
+    """Tasks in order. A task runs when this stream is waited for, or a stream that waits for this one.
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    `running`: held while a task of any stream of the device runs. Without it, a second thread that waits would run a
+    task whose predecessor the first thread has taken from the queue and not finished.
+    """
+
+    def __init__(self, running: threading.RLock) -> None:
         self.tasks: deque[Task] = deque()
+        self._running = running
 
     def queue(self, task: Task) -> None:
         self.tasks.append(task)
 
     def synchronize(self) -> None:
         """Run everything that is queued."""
-        while self.tasks:
-            self.tasks.popleft()()
+        with self._running:
+            while self.tasks:
+                self.tasks.popleft()()
 
     def run_to(self, mark: Mark) -> None:
         """Run what is queued before `mark`."""
-        while not mark.passed:
-            self.tasks.popleft()()
+        with self._running:
+            while not mark.passed:
+                self.tasks.popleft()()
 
     def wait_event(self, event: Event) -> None:
         """Later tasks of this stream run after what `event` stands for."""
@@ -94,12 +101,13 @@ class Streams:
     """All streams, and the current one of each thread."""
 
     def __init__(self) -> None:
-        self.default = Stream()
+        self._running = threading.RLock()
+        self.default = Stream(self._running)
         self._all = [self.default]
         self._current = threading.local()
 
     def new(self, *_: Any, **__: Any) -> Stream:
-        stream = Stream()
+        stream = Stream(self._running)
         self._all.append(stream)
         return stream
 
