@@ -17,7 +17,7 @@ import zmq
 from encode_server.engine.arena import Arena
 from encode_server.errors import StartupError
 from encode_server.runtime.forkserver import Forkserver
-from encode_server.runtime.outside import killed_from_outside, oom_kills, stopped_from_outside
+from encode_server.runtime.outside import OomKills, killed_from_outside, stopped_from_outside
 from encode_server.runtime.peer import Peer
 from encode_server.runtime.progress import Waited, starved_seconds, waited
 from encode_server.wire import ranks as m
@@ -90,7 +90,7 @@ class GroupSpec:
 class Pending:
     """A command that the ranks have not all acknowledged. `expected_s`: how long a forward should take, None where
     nothing is known. `started`: of `time.monotonic()`, when the ranks came to it. `oom_kills`: what
-    `runtime.outside.oom_kills` said then."""
+    `OomKills.count` gave then."""
 
     command: m.Acknowledged
     expected_s: float | None = None
@@ -130,6 +130,7 @@ class RankGroup:
         self.gone: asyncio.Future[None] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._oom_kills = OomKills()
         self._ranks: list[_Rank] = []
         self._pending: dict[int, Pending] = {}  # in the order sent, which is the order executed
         self._seq = itertools.count(1)
@@ -336,7 +337,7 @@ class RankGroup:
         for pending in itertools.islice(self._pending.values(), info.at_once if info else 1):
             if pending.started is None:
                 pending.started = time.monotonic()
-                pending.oom_kills = oom_kills()
+                pending.oom_kills = self._oom_kills.count()
             if not isinstance(pending.command, m.Forward):
                 break  # nothing overtakes it
 
@@ -345,7 +346,7 @@ class RankGroup:
         how = signal.Signals(-code).name if code < 0 else f"code {code}"
         # The first rank to exit: this server itself kills ranks of a lost group only.
         oldest = self.oldest()
-        outside = killed_from_outside(code, oldest.oom_kills if oldest else None)
+        outside = killed_from_outside(code, oldest.oom_kills if oldest else None, self._oom_kills.count())
         self.fail(f"rank {index} exited with {how}", Cause.DIED, outside=outside)
 
 

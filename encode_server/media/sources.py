@@ -40,7 +40,7 @@ class MediaSource:
     ) -> None:
         """Raises `ValueError` for an entry of `allow` that means nothing, or a root that is no directory."""
         self._files = FileRoots(file_roots)
-        self._web = WebFetcher(UrlPolicy(allow), limits, resolve=resolve, ssl_context=ssl_context)
+        self._web = WebFetcher(UrlPolicy(allow), limits, executor, resolve=resolve, ssl_context=ssl_context)
         self._limits = limits
         self._executor = executor
 

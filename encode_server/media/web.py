@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import Executor
 
 import httpcore
 import httpx
@@ -50,14 +51,18 @@ class WebFetcher:
         self,
         policy: UrlPolicy,
         limits: MediaLimits,
+        executor: Executor,
         *,
         resolve: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
         network: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
-        """`resolve`, `ssl_context` and `network` replace the system's name resolution, certificates and sockets."""
+        """`executor` gives back the memory of downloads that fail; the threads stay their owner's. `resolve`,
+        `ssl_context` and `network` replace the system's name resolution, certificates and sockets.
+        """
         self._policy = policy
         self._limits = limits
+        self._executor = executor
         self._places = FairSlots(MAX_FETCHES, CLIENT_SHARE)
         # As many threads as fetches: a name server that doesn't answer delays those alone who ask for its names.
         self._resolver = SystemResolver(MAX_FETCHES, limit_s=limits.fetch_seconds)
@@ -135,14 +140,19 @@ class WebFetcher:
             self._limits.check_bytes(int(declared[:20]))
         body = Arriving()
         parts = 0
-        async for part in response.aiter_stream():
-            self._limits.check_bytes(len(body) + len(part))
-            await charge(len(part))
-            body.append(part)
-            parts += 1
-            if parts % 32 == 0:
-                # Thousands of tiny chunks in one packet must not block the loop.
-                await self._turns.wait()
+        try:
+            async for part in response.aiter_stream():
+                self._limits.check_bytes(len(body) + len(part))
+                await charge(len(part))
+                body.append(part)
+                parts += 1
+                if parts % 32 == 0:
+                    # Thousands of tiny chunks in one packet must not block the loop.
+                    await self._turns.wait()
+        except BaseException:
+            # A request that fails ends all of its downloads: half a gigabyte given back here would block the loop.
+            self._executor.submit(body.close)
+            raise
         if not len(body):
             raise BadMedia("the URL gives an empty body")
         return body

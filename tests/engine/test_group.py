@@ -36,8 +36,7 @@ def test_a_signal_that_neither_the_server_nor_the_kernel_sent_came_from_outside(
     monkeypatch.setattr(group, "ENTRY", "tests.engine.fake_rank:main")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     counts = iter(oom_kills)
-    monkeypatch.setattr(group, "oom_kills", lambda: next(counts))
-    monkeypatch.setattr("encode_server.runtime.outside.oom_kills", lambda: next(counts))
+    monkeypatch.setattr(group.OomKills, "count", lambda self: next(counts))
 
     async def scene() -> None:
         forkserver, arena = Forkserver("tests.runtime.children:nothing"), Arena(1 << 20)

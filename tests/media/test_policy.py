@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import httpcore
 import pytest
@@ -33,17 +34,19 @@ def outcome(url: str, allow: Sequence[str] = (), answers: Sequence[str] = ("93.1
         return answers
 
     async def fetch() -> None:
-        web = WebFetcher(
-            UrlPolicy(allow),
-            MediaLimits(fetch_seconds=5),
-            resolve=resolve,
-            ssl_context=NO_CERTIFICATES,
-            network=NoNetwork(),
-        )
-        try:
-            await web.get(url)
-        finally:
-            await web.aclose()
+        with ThreadPoolExecutor(1) as executor:
+            web = WebFetcher(
+                UrlPolicy(allow),
+                MediaLimits(fetch_seconds=5),
+                executor,
+                resolve=resolve,
+                ssl_context=NO_CERTIFICATES,
+                network=NoNetwork(),
+            )
+            try:
+                await web.get(url)
+            finally:
+                await web.aclose()
 
     try:
         asyncio.run(fetch())

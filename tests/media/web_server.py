@@ -82,16 +82,17 @@ class WebServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
         self.port = self.server_address[1]
         self.seen: list[tuple[str, str]] = []
         self.over = threading.Event()
 
 
 @contextlib.contextmanager
-def web_server() -> Iterator[WebServer]:
-    with WebServer() as server:
+def web_server(port: int = 0) -> Iterator[WebServer]:
+    """`port` 0 stands for any free one."""
+    with WebServer(port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from encode_server.runtime.outside import oom_kills, stopped_from_outside
+from encode_server.runtime.outside import OomKills, stopped_from_outside
 
 
 def write(path: Path, text: str) -> None:
@@ -29,10 +29,10 @@ def write(path: Path, text: str) -> None:
 )
 def test_what_the_kernel_killed_is_counted_where_the_kernel_counts_it(tmp_path: Path, groups: str, file: str) -> None:
     write(tmp_path / "proc/self/cgroup", groups)
-    assert oom_kills(tmp_path) is None
+    assert OomKills(tmp_path).count() is None
     write(tmp_path / "proc/vmstat", "oom_kill 90\n")
     write(tmp_path / file, "oom 1\noom_kill 7\noom_group_kill 0\n")
-    assert oom_kills(tmp_path) == 7
+    assert OomKills(tmp_path).count() == 7
 
 
 def test_a_process_that_somebody_stopped_is_told_from_one_that_sleeps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from encode_server.runtime.turns import Turns
 
@@ -30,5 +31,24 @@ def test_others_run_between_two_turns_and_cancelled_ones_take_none():
         assert done >= 500
         async with asyncio.timeout(1):
             await turns.wait()
+
+    asyncio.run(check())
+
+
+def test_turns_leave_half_of_the_time_to_others():
+    async def check():
+        turns, worked = Turns(), 0.0
+
+        async def stranger():
+            nonlocal worked
+            for _ in range(10):
+                await turns.wait()
+                began = time.perf_counter()
+                time.sleep(0.003)  # noqa: ASYNC251 - what blocks the loop is the matter
+                worked += time.perf_counter() - began
+
+        began = time.perf_counter()
+        await asyncio.gather(*(stranger() for _ in range(4)))
+        assert time.perf_counter() - began > 1.8 * worked
 
     asyncio.run(check())

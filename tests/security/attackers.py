@@ -1,6 +1,7 @@
 """Strangers, each in a process of its own: `python -m tests.security.attackers NAME PORT MEDIA_PORT SEED`.
 
-`nothing PORT` is the listener that they are compared against: it reads, and answers each request alike.
+`nothing PORT` is the listener that they are compared against: it reads, and answers each request alike. `media PORT` is
+the strangers' media server.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from tests.media.web_server import web_server
 from tests.security.requests import item
 
 STRANGER = "127.0.0.3"
@@ -127,9 +130,22 @@ def attacked(port: int, media_port: int, only: list[str] | None = None) -> Itera
 @contextlib.contextmanager
 def listener_of_nothing() -> Iterator[int]:
     """The port of a listener that costs as little as any."""
+    with _listener("nothing") as port:
+        yield port
+
+
+@contextlib.contextmanager
+def media_server() -> Iterator[int]:
+    """The port of a stranger's media server, a `WebServer` in a process of its own."""
+    with _listener("media") as port:
+        yield port
+
+
+@contextlib.contextmanager
+def _listener(name: str) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with _process("nothing", str(port)):
+    with _process(name, str(port)):
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -150,9 +166,15 @@ def _process(*arguments: str) -> Iterator[None]:
 
 def main() -> None:
     name, port, *rest = sys.argv[1:]
+    # A stranger computes on a machine of its own. Here it takes only what the server and the honest leave of the cores,
+    # so that what the honest notice is what the server does for strangers.
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if name == "nothing":
         asyncio.run(nothing(int(port)))
         return
+    if name == "media":
+        with web_server(int(port)) as web:
+            web.over.wait()
     target, rng = Target(int(port), int(rest[0])), random.Random(int(rest[1]))
     while True:
         with contextlib.suppress(OSError):

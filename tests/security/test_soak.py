@@ -18,7 +18,7 @@ from encode_server.memory import worst_case
 from encode_server.settings import load_settings
 from tests.live import CPU, LiveServer, eventually
 from tests.media.web_server import web_server
-from tests.security.attackers import ATTACKS, attacked, listener_of_nothing
+from tests.security.attackers import ATTACKS, attacked, listener_of_nothing, media_server
 from tests.security.requests import item
 
 OPTIONS = {
@@ -120,13 +120,13 @@ def test_honest_clients_beside_strangers(checkpoint, tmp_path):
     bound = sum(part.nbytes for part in worst_case(load_settings(OPTIONS))) // 2
     options = [text for name, value in OPTIONS.items() for text in ("--" + name.replace("_", "-"), value)]
     options += ["--media-allow", "127.0.0.1"]
-    with web_server() as web, limited_server(checkpoint, tmp_path / "s", bound, *options) as (server, group):
+    with media_server() as media_port, limited_server(checkpoint, tmp_path / "s", bound, *options) as (server, group):
         port = int(server.base_url.rpartition(":")[2])
         alone, lost_alone = honest(server, min(10, seconds / 4), 1)
-        with listener_of_nothing() as nothing, attacked(nothing, web.port, only):
+        with listener_of_nothing() as nothing, attacked(nothing, media_port, only):
             time.sleep(2)
             elsewhere, _ = honest(server, min(20, seconds / 4), 2)
-        with attacked(port, web.port, only):
+        with attacked(port, media_port, only):
             beside, lost = honest(server, seconds, 3)
         used = (group / "memory.max_usage_in_bytes") if group is not None else None
         most = f"{int(used.read_text()) >> 20}" if used is not None and used.exists() else "?"
@@ -137,7 +137,7 @@ def test_honest_clients_beside_strangers(checkpoint, tmp_path):
             f"{statistics.median(beside) * 1000:.0f}; {len(beside)} requests, {len(lost)} lost; "
             f"at most {most} of {bound >> 20} MiB"
         )
-        assert not lost and not lost_alone, lost[:3]
+        assert not lost and not lost_alone, (lost[:3], lost_alone[:3])
         assert server.process.poll() is None
         assert group is None or not killed(group)
         assert httpx.get(server.base_url + "/livez", timeout=30).status_code == 200
