@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 
-REST = 1.0  # seconds of rest for each second of work: so much of a core stays with ranks and preparers
+REST = 2.0  # seconds of rest for each second of work: so much of a core stays with ranks and preparers
 LEAST_REST_S = 0.002  # shorter ones add up until they are worth a timer
 
 
@@ -14,8 +14,8 @@ class Turns:
     """A hundred tasks that are ready together would all run before anything else does, again and again: a request that
     needs twenty turns of the loop would wait two thousand pieces of theirs. With these turns it waits twenty.
 
-    While several tasks wait, the turns take no more than half of the loop's time: what fills a core for a second would
-    double the time of every forward beside it.
+    While several tasks wait, the turns take no more than a third of the loop's time: what fills a core for a second
+    would double the time of every forward beside it.
     """
 
     def __init__(self) -> None:

@@ -45,7 +45,8 @@ def _honest(base_url: str, seconds: float, seed: int) -> tuple[list[float], list
         number = 0
         while time.monotonic() < ends:
             number += 1
-            fields = {"modality": "image", "mm_items": [item(56 + number % 50, 56 + number // 50 % 50, seed)]}
+            image = item(56 + number % 50, 56 + number // 50 % 50, seed + number // 2500)  # no image comes again
+            fields = {"modality": "image", "mm_items": [image]}
             began = time.monotonic()
             answer = client.post(base_url + "/encode", json=fields)
             took.append(time.monotonic() - began)
@@ -122,12 +123,12 @@ def test_honest_clients_beside_strangers(checkpoint, tmp_path):
     options += ["--media-allow", "127.0.0.1"]
     with media_server() as media_port, limited_server(checkpoint, tmp_path / "s", bound, *options) as (server, group):
         port = int(server.base_url.rpartition(":")[2])
-        alone, lost_alone = honest(server, min(10, seconds / 4), 1)
+        alone, lost_alone = honest(server, min(10, seconds / 4), 1000)
         with listener_of_nothing() as nothing, attacked(nothing, media_port, only):
             time.sleep(2)
-            elsewhere, _ = honest(server, min(20, seconds / 4), 2)
+            elsewhere, _ = honest(server, min(20, seconds / 4), 2000)
         with attacked(port, media_port, only):
-            beside, lost = honest(server, seconds, 3)
+            beside, lost = honest(server, seconds, 3000)
         used = (group / "memory.max_usage_in_bytes") if group is not None else None
         most = f"{int(used.read_text()) >> 20}" if used is not None and used.exists() else "?"
         print(
