@@ -72,7 +72,8 @@ class PreparingJob:
 class PreparerProcess:
     """A process and the items that it works on or holds. `overtime`: the front killed the process because the decode of
     an item took too long. `stalled`: the front killed the process because a copy into the arena did not end; no item is
-    to blame for that. `hung`: the front killed the process because the process stood still."""
+    to blame for that. `hung`: the front killed the process because the process stood still. `oom_kills`: what
+    `OomKills.count` gave when the process began the first of its items."""
 
     index: int
     peer: Peer
@@ -83,6 +84,7 @@ class PreparerProcess:
     stalled: bool = False
     hung: bool = False
     overtime: bool = False
+    oom_kills: int | None = None
     began: float = field(default_factory=time.monotonic)
     active_s: float = 0.0
     active_at: float = 0.0

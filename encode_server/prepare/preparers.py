@@ -24,6 +24,7 @@ from encode_server.prepare.queue import PreparingQueue
 from encode_server.runtime.cores import usable_cores
 from encode_server.runtime.forkserver import Forkserver, ForkserverLost
 from encode_server.runtime.losses import Losses
+from encode_server.runtime.outside import OomKills, killed_from_outside
 from encode_server.runtime.peer import Peer
 from encode_server.telemetry.metrics import Metrics
 from encode_server.wire import preparers as m
@@ -42,7 +43,9 @@ START_IDLE_S = 10.0  # the same for a process that starts, and may wait for a sl
 WATCH_S = 0.5
 ITEM_WEIGHT = 0.05  # of one item in the mean of the items' processor time
 MAX_BARREN = 5  # processes in a row that ended before they could prepare anything
-SIGKILL_DEATHS, OTHER_DEATHS = 3, 2  # of processes, until an item that was alone in the last one is to blame
+# Deaths of processes until an item that was alone in the last one is to blame. A SIGKILL is the kernel's for lack of
+# memory, or comes from outside: where the kernel counts its own, the others are no sign against an item.
+SIGKILL_DEATHS, OTHER_DEATHS = 3, 2
 
 Room = Callable[[m.PreparedItem], Awaitable[int]]
 """Finds room in the arena for an item's tensors, and returns the offset in bytes."""
@@ -69,6 +72,7 @@ class Preparers:
         self._queue = PreparingQueue(spec.threads * spec.processes)
         self._pickles: dict[int, AskedPickle] = {}
         self._held_bytes = 0
+        self._oom_kills = OomKills()
         self._cores = usable_cores()
         self._item_s = 0.0  # processor time of an item, on average
         self._turn = 0
@@ -305,6 +309,8 @@ class Preparers:
 
     def _begin(self, job: PreparingJob, process: PreparerProcess) -> None:
         job.process, job.stage, job.began = process, Stage.PREPARING, time.monotonic()
+        if not process.jobs:
+            process.oom_kills = self._oom_kills.count()
         process.jobs[job.number] = job
         process.peer.link.send(m.encode(job.command), job.media)
 
@@ -432,6 +438,9 @@ class Preparers:
         if job.overtime:
             return TooLarge(f"decoding the media takes longer than {self._spec.decode_s:g} s")
         if job not in suspects or process.stalled or any(suspect.overtime for suspect in suspects):
+            return None
+        outside = killed_from_outside(code, process.oom_kills, self._oom_kills.count())
+        if outside and process.oom_kills is not None and not process.hung:
             return None
         job.deaths += 1
         needed = SIGKILL_DEATHS if code == -signal.SIGKILL else OTHER_DEATHS

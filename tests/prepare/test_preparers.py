@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
@@ -54,8 +55,11 @@ def test_an_item_whose_process_dies_is_prepared_again(run: Run, end: str) -> Non
 
 
 @pytest.mark.parametrize(("end", "deaths"), [("crash", 2), ("exit", 2), ("kill", 3)])
-def test_an_item_that_ends_every_process_is_refused(run: Run, end: str, deaths: int) -> None:
-    """A SIGKILL may come from outside, so that one more of them is needed."""
+def test_an_item_that_ends_every_process_is_refused(
+    run: Run, end: str, deaths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody knows whether a SIGKILL came from outside, one more of them is needed."""
+    monkeypatch.setattr(preparers.OomKills, "count", lambda self: None)
 
     async def scenario(k: Kitchen) -> None:
         with pytest.raises(BadMedia, match="its decoder crashed"):
@@ -81,16 +85,33 @@ def test_the_neighbours_of_an_item_that_ends_its_process_are_prepared(run: Run) 
     run(scenario, threads=4)
 
 
-def test_two_kills_from_outside_are_not_blamed_on_the_item(run: Run) -> None:
+@pytest.mark.parametrize(("known", "kills"), [(True, 5), (False, 2)])
+def test_kills_from_outside_are_not_blamed_on_the_item(
+    run: Run, known: bool, kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many, where the kernel counts the processes that it kills itself."""
+    monkeypatch.setattr(preparers.OomKills, "count", lambda self: 3 if known else None)
+
     async def scenario(k: Kitchen) -> None:
         gate = k.gate()
         item = k.begin(f"x {gate}")
-        for _ in range(2):
+        for _ in range(kills):
             await gate.reached()
             k.signal(signal.SIGKILL)
         await gate.reached()
         gate.open()
         assert await item == b"x" * 256
+
+    run(scenario)
+
+
+def test_an_item_for_which_the_kernel_kills_every_process_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = itertools.count()
+    monkeypatch.setattr(preparers.OomKills, "count", lambda self: next(counts))
+
+    async def scenario(k: Kitchen) -> None:
+        with pytest.raises(BadMedia, match="its decoder crashed"):
+            await k.prepare("x kill")
 
     run(scenario)
 
