@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -26,14 +28,17 @@ import uvloop
 import zmq
 from rich.console import Console
 from rich.table import Table
+from safetensors.numpy import load_file
 
 from encode_server.api import answers
 from encode_server.client import EmbeddingReceiver
 from encode_server.delivery.base import Part
+from encode_server.delivery.folder import ENTRY, EntryFolder
 from encode_server.delivery.mooncake import MooncakeEngine
 from encode_server.delivery.native import NativePush
 from encode_server.delivery.nixl import NixlAgent
 from encode_server.delivery.push import Pusher
+from encode_server.delivery.store import TENSOR, EmbeddingStore
 from encode_server.errors import StartupError
 from encode_server.runtime.pools import Pools, run
 from encode_server.wire.embedding import Encoded, EncodedItem
@@ -86,6 +91,8 @@ def receive(transport: str, pipe: Connection) -> None:
             _get(pipe)
         elif transport == "mooncake":
             _land(pipe)
+        elif transport == "store":
+            _read(pipe)
         else:
             asyncio.run(_take(pipe, nixl=transport == "nixl"))
 
@@ -119,6 +126,20 @@ def _land(pipe: Connection) -> None:
             pipe.send(time.process_time() - began)
 
 
+def _read(pipe: Connection) -> None:
+    with zmq.Context() as context, context.socket(zmq.PULL) as socket:
+        port = socket.bind_to_random_port("tcp://127.0.0.1")
+        pipe.send(port)
+        while True:
+            count = pipe.recv()
+            began = time.process_time()
+            for _ in range(count):
+                entry = Path(socket.recv().decode())
+                assert load_file(entry / ENTRY)[TENSOR].size
+                shutil.rmtree(entry)
+            pipe.send(time.process_time() - began)
+
+
 async def _take(pipe: Connection, *, nixl: bool) -> None:
     async with EmbeddingReceiver(nixl=nixl) as receiver:
         pipe.send(receiver.port)
@@ -145,6 +166,7 @@ async def sender(transport: str, pipe: Connection, pools: Pools) -> AsyncIterato
     pusher = Pusher(TIMEOUT_S)
     agent: NixlAgent | None = None
     engine: MooncakeEngine | None = None
+    folder: Path | None = None
     try:
         if transport == "mooncake":
             engine = MooncakeEngine("127.0.0.1", "tcp", "")
@@ -156,6 +178,17 @@ async def sender(transport: str, pipe: Connection, pools: Pools) -> AsyncIterato
                 await pusher.push(f"tcp://127.0.0.1:{port}", [b"header"])
 
             yield write
+            return
+        if transport == "store":
+            port = await asyncio.to_thread(pipe.recv)
+            root = folder = Path(tempfile.mkdtemp(dir="/dev/shm"))
+            store = EmbeddingStore(EntryFolder(str(root), max_bytes=1 << 30, max_age_s=600), 600, pools.store)
+
+            async def put(encoded: Encoded, number: int) -> None:
+                await store.delivery([f"n{number}"]).deliver(Part(str(number), 0, 1, Modality.IMAGE, "m"), encoded)
+                await pusher.push(f"tcp://127.0.0.1:{port}", [str(root / f"n{number}").encode()])
+
+            yield put
             return
         if transport == "nixl":
             agent = NixlAgent(256 << 20)
@@ -170,6 +203,8 @@ async def sender(transport: str, pipe: Connection, pools: Pools) -> AsyncIterato
             if each is not None:
                 each.close()
         pusher.close()
+        if folder is not None:
+            shutil.rmtree(folder)
 
 
 SERVED: dict[str, Encoded] = {}
@@ -269,7 +304,7 @@ def show(console: Console, found: dict[str, dict[str, dict[str, float]]]) -> Non
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.transports", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--transports", default="http,zmq,mooncake,nixl")
+    parser.add_argument("--transports", default="http,zmq,store,mooncake,nixl")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = uvloop.run(run_all(arguments.transports.split(",")))
