@@ -11,7 +11,7 @@ from encode_server.pipeline.shared.cache import QUEUED_BYTES
 from encode_server.pipeline.shared.mooncake import LOCAL_BYTES, MooncakeAddress
 from encode_server.runtime.cgroups import MOUNT, PROC, granted
 from encode_server.runtime.connections import ConnectionLimits
-from encode_server.service.server import preparer_processes, shared_address
+from encode_server.service.options import preparer_processes, shared_address
 from encode_server.settings import Settings
 
 MIB = 1 << 20

@@ -9,7 +9,7 @@ import pytest
 
 from encode_server import cli
 from encode_server.errors import StartupError
-from encode_server.service.server import shared_address
+from encode_server.service.options import shared_address
 from encode_server.settings import load_settings, redacted
 
 

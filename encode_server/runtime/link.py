@@ -37,7 +37,7 @@ class Link:
         self._waiting: deque[Frames] = deque()  # for the child to connect
         self._socket = context.socket(zmq.PAIR)
         self._socket.set_hwm(0)  # messages are few, and none may be dropped
-        self.path = str(self._directory.path / "child.sock")
+        self.path = str(self._directory.socket)
         self._socket.bind(f"ipc://{self.path}")
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self.drain)

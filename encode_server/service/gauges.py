@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the server calls this module
-    from encode_server.service.server import Encoding, Server
+    from encode_server.service.encoding import Encoding
+    from encode_server.service.server import Server
 
 
 def show_gauges(server: Server) -> None:

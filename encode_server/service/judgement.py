@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from encode_server.engine.supervisor import EngineState
 
 if TYPE_CHECKING:  # the server calls this module
-    from encode_server.service.server import Encoding, Server
+    from encode_server.service.encoding import Encoding
+    from encode_server.service.server import Server
 
 INTERVAL_S = 1.0
 FAILING = 0.02  # share of the last minute's requests that failed for the server's reasons, from which it is said

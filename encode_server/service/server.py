@@ -8,16 +8,10 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
-
-import msgspec
 
 from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
-from encode_server.delivery.folder import EntryFolder
-from encode_server.delivery.mooncake import MooncakeEngine
 from encode_server.delivery.nixl import NixlAgent
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
@@ -26,36 +20,33 @@ from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S, SGLangFrames
 from encode_server.delivery.store import EmbeddingStore
 from encode_server.delivery.undelivered import Undelivered
 from encode_server.engine.arena import Arena
-from encode_server.engine.group import GroupSpec
-from encode_server.engine.groups import RankGroups
 from encode_server.engine.profiling import Profiling
-from encode_server.engine.supervisor import SupervisorOptions
 from encode_server.errors import NotReady, StartupError, UnknownModel, UnsupportedModality, first_of
-from encode_server.media.limits import MediaLimits
-from encode_server.media.policy import UrlPolicy
 from encode_server.media.sources import MediaSource
 from encode_server.models.early import refuse_early
-from encode_server.pipeline.admission import Admission, AdmissionLimits
-from encode_server.pipeline.batcher import Batcher
-from encode_server.pipeline.cache import EmbeddingCache
-from encode_server.pipeline.health import HealthProbe, Verdict
-from encode_server.pipeline.pipeline import Pipeline, Route
+from encode_server.pipeline.admission import Admission
+from encode_server.pipeline.health import Verdict
 from encode_server.pipeline.request import EncodeRequest
 from encode_server.pipeline.shared.cache import SharedCache, SharedLimits
-from encode_server.pipeline.shared.line import Store
-from encode_server.pipeline.shared.mooncake import MooncakeAddress, MooncakeStore, parse_mooncake
-from encode_server.pipeline.shared.redis import RedisAddress, RedisStore, parse_address
-from encode_server.prepare.preparers import Preparers, PreparerSpec
 from encode_server.runtime.changes import Changes
-from encode_server.runtime.cores import usable_cores
-from encode_server.runtime.forkserver import Forkserver, ForkserverLost, Launched
+from encode_server.runtime.forkserver import Forkserver, Launched
 from encode_server.runtime.notify import notify
 from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
 from encode_server.service.destinations import Destinations
+from encode_server.service.encoding import Encoding, build, inspect_checkpoint, take_fingerprint
 from encode_server.service.gauges import show_gauges
 from encode_server.service.judgement import keep_watch
 from encode_server.service.keys import ApiKeys
+from encode_server.service.options import (
+    admission_limits,
+    check_media_options,
+    entry_folder,
+    media_limits,
+    mooncake_engine,
+    shared_address,
+    shared_store,
+)
 from encode_server.settings import PRELOAD, Settings, preload_argument
 from encode_server.telemetry.history import History
 from encode_server.telemetry.metrics import Metrics
@@ -65,27 +56,12 @@ from encode_server.wire.embedding import Encoded
 from encode_server.wire.load import Load
 from encode_server.wire.modality import Modality
 from encode_server.wire.pools import Pool
-from encode_server.wire.preparers import Pickled, PreparerSetup
+from encode_server.wire.preparers import Pickled
 
 log = logging.getLogger(__name__)
 
 LAG_INTERVAL_S = 0.25
-FORKSERVER_TRIES = 3
 PROBE_BYTES = 4 << 20  # of the arena, for the health probes of one group
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """What exists once the checkpoint is known: everything between a request and its embedding."""
-
-    model_name: str
-    engine: RankGroups
-    preparers: Preparers
-    batcher: Batcher
-    pipeline: Pipeline
-    cache: EmbeddingCache
-    health: HealthProbe
-    route: Route
 
 
 class Server:
@@ -104,19 +80,18 @@ class Server:
         self.started_at = time.time()
         self.port = settings.port  # whoever binds the socket corrects it
         self.patient = settings.protocol == "sglang"
-        self.admission = Admission(_admission_limits(settings))
+        self.admission = Admission(admission_limits(settings))
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)
         self.fatal: str | None = None
         self.destinations: Destinations
         self.sglang: SGLangDeliveries | None = None
-        self._limits = media_limits(settings)
         self.destination_policy = DestinationPolicy(settings.destination_allow)
-        self.folder = _entry_folder(settings)
+        self.folder = entry_folder(settings)
         self.shared: SharedCache | None = None
         self._shared_address = shared_address(settings)
-        self._mooncake = _mooncake(settings)
+        self._mooncake = mooncake_engine(settings)
         self.nixl = NixlAgent(settings.nixl_pool_mb << 20) if settings.nixl_pool_mb else None
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
@@ -150,7 +125,7 @@ class Server:
                 stack.push_async_callback(asyncio.to_thread, self.tracing.close)
             self.arena = Arena(settings.arena_mb << 20, PROBE_BYTES * settings.dp)
             stack.callback(self.arena.close)
-            source = MediaSource(settings.media_allow, settings.media_roots, self._limits, pools.work)
+            source = MediaSource(settings.media_allow, settings.media_roots, media_limits(settings), pools.work)
             stack.push_async_callback(source.aclose)
             pusher = Pusher(settings.send_timeout_s)
             stack.callback(pusher.close)
@@ -323,9 +298,6 @@ class Server:
             raise NotReady("the checkpoint is being looked up")
         return self.encoding
 
-    async def _prove(self, group: int) -> str:
-        return await self._known().health.prove(group)
-
     async def _pickle(self, dtype: str, grid: list[list[int]] | None, seconds: list[float] | None) -> Pickled:
         return await self._known().preparers.pickle(dtype, grid, seconds)
 
@@ -343,13 +315,13 @@ class Server:
                         group.create_task(keep_watch(self))
                         if store is not None:
                             group.create_task(store.run())
-                        found = await self._inspect(forkserver)
+                        found = await inspect_checkpoint(forkserver, settings)
                         encoding = self._build(found, forkserver, source)
                         group.create_task(encoding.engine.run())
                         group.create_task(encoding.preparers.run())
                         group.create_task(encoding.batcher.run())
                         if self.shared is not None:
-                            group.create_task(self._fingerprint(self.shared, forkserver, found.path))
+                            group.create_task(take_fingerprint(self.shared, forkserver, settings, found.path))
                         self.encoding = encoding
                         self._changes.announce()
                         await self._warm_up(encoding)
@@ -359,92 +331,19 @@ class Server:
         except Exception as failure:
             self._fail(failure, on_fatal)
 
-    async def _inspect(self, forkserver: Forkserver) -> Inspection:
-        settings = self.settings
-        arguments = [settings.model, settings.revision, settings.tp]
-        for attempt in range(FORKSERVER_TRIES):
-            try:
-                found = await forkserver.call("encode_server.models.inspect:inspect", arguments, Inspection)
-                assert isinstance(found, Inspection)
-                return found
-            except ForkserverLost:
-                log.warning("the forkserver was lost while the checkpoint was looked up (%d)", attempt + 1)
-        raise StartupError("the process that forks ranks and preparers does not live long enough to fork")
-
-    async def _fingerprint(self, shared: SharedCache, forkserver: Forkserver, path: str) -> None:
-        """Find out which other servers' embeddings are as good as this one's. Until then the shared cache rests."""
-        settings = self.settings
-        # Options that change embeddings beyond a rounding, and are the same for all requests.
-        options = {"image_alpha": settings.image_alpha, "tf32": settings.tf32}
-        arguments = [path, options]
-        for _ in range(FORKSERVER_TRIES):
-            try:
-                found = await forkserver.call("encode_server.models.fingerprint:fingerprint", arguments, str)
-                shared.fingerprint = found
-                log.info("the shared cache is used for embeddings of %s", found[:16])
-                return
-            except ForkserverLost:
-                continue
-            except StartupError as error:  # the server is of use without it
-                log.warning("the shared cache is not used: %s", error)
-                return
-        log.warning("the shared cache is not used: the process that reads the checkpoint does not live long enough")
-
     def _build(self, found: Inspection, forkserver: Forkserver, source: MediaSource) -> Encoding:
-        settings, metrics = self.settings, self.metrics
-        for note in found.notes:
-            log.warning("%s", note)
-        spec = GroupSpec(
-            path=found.path,
-            world=settings.tp,
-            device=settings.device,
-            dtype=settings.dtype,
-            checkpoint_dtype=found.dtype,
-            threads=settings.rank_threads or max(1, usable_cores() // (settings.tp * settings.dp)),
-            facts=found.facts,
-            tf32=settings.tf32,
-            groups=settings.dp,
-            flash_attention=settings.flash_attention,
-        )
-        options = SupervisorOptions(settings.stall_s, settings.load_timeout_s, restarts=settings.max_restarts)
-        engine = RankGroups(spec, forkserver, self.arena, options, metrics, self._prove)
-        preparers = Preparers(self._preparer_spec(found), forkserver, self.arena.fd, metrics)
-        budgets = {
-            Modality.IMAGE: settings.image_batch_tokens,
-            Modality.VIDEO: settings.video_batch_tokens,
-            Modality.AUDIO: settings.audio_batch_tokens,
-        }
-        batcher = Batcher(engine, budgets, metrics, self.tracing)
-        cache = EmbeddingCache(int(settings.cache_gb * (1 << 30)), metrics)
-        pipeline = Pipeline(
-            model=self.model_name,
-            modalities=frozenset(found.modalities),
+        return build(
+            found,
+            forkserver,
+            name=self.model_name,
+            settings=self.settings,
+            arena=self.arena,
             source=source,
             pools=self.pools,
-            preparers=preparers,
-            arena=self.arena,
-            engine=engine,
-            batcher=batcher,
-            max_item_tokens=settings.max_item_tokens,
+            metrics=self.metrics,
+            tracing=self.tracing,
+            shared=self.shared,
         )
-        health = HealthProbe(pipeline, engine, preparers, batcher, found.probes, settings.stall_s)
-        route = Route(cache, metrics, self.tracing, self.shared, trusting=settings.trust_content_hash)
-        return Encoding(self.model_name, engine, preparers, batcher, pipeline, cache, health, route)
-
-    def _preparer_spec(self, found: Inspection) -> PreparerSpec:
-        settings = self.settings
-        processes = settings.preproc_processes or preparer_processes(settings.preproc_workers)
-        setup = PreparerSetup(
-            socket="",
-            path=found.path,
-            name=found.name,
-            limits=msgspec.Raw(msgspec.msgpack.encode(self._limits)),
-            max_item_tokens=settings.max_item_tokens,
-            threads=-(-settings.preproc_workers // processes),
-            memory_bytes=settings.preproc_memory_mb << 20,
-            arena_bytes=self.arena.size,
-        )
-        return PreparerSpec(processes, setup.threads, settings.decode_s, setup)
 
     async def _warm_up(self, encoding: Encoding) -> None:
         """Take requests once every modality has been encoded: that also creates communicators and compiles kernels."""
@@ -484,77 +383,3 @@ class Server:
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-def preparer_processes(workers: int) -> int:
-    """How many preparers `--preproc-processes` 0 stands for: one for every two cores, and no more than threads."""
-    return max(1, min(workers, usable_cores() // 2))
-
-
-def check_media_options(settings: Settings) -> None:
-    """Raises StartupError for entries of `--media-allow` and `--media-roots` that mean nothing."""
-    try:
-        UrlPolicy(settings.media_allow)
-    except ValueError as error:
-        raise StartupError(f"--media-allow: {error}") from None
-    for root in settings.media_roots:
-        if not Path(root).is_dir():
-            raise StartupError(f"--media-roots: {root} is no directory")
-
-
-def _admission_limits(settings: Settings) -> AdmissionLimits:
-    return AdmissionLimits(
-        settings.max_requests, settings.max_inflight_mb << 20, settings.max_inflight_tokens, settings.client_share
-    )
-
-
-def shared_address(settings: Settings) -> RedisAddress | MooncakeAddress | None:
-    """Where the shared cache is, None where there is none. Raises StartupError."""
-    if settings.shared_cache is None:
-        return None
-    try:
-        if settings.shared_cache.startswith("mooncake:"):
-            return parse_mooncake(
-                settings.shared_cache, settings.mooncake_host, settings.mooncake_protocol, settings.mooncake_device
-            )
-        return parse_address(settings.shared_cache, settings.shared_cache_password_file)
-    except ValueError as error:
-        raise StartupError(f"--shared-cache: {error}") from None
-
-
-def shared_store(settings: Settings, address: RedisAddress | MooncakeAddress) -> Store:
-    """What the shared cache is kept in. Raises StartupError without the package for it."""
-    if isinstance(address, RedisAddress):
-        return RedisStore(address, settings.shared_cache_ttl_s)
-    try:
-        return MooncakeStore(address)
-    except ImportError as error:
-        raise StartupError(f"--shared-cache: pip install 'encode-server[mooncake]' ({error})") from None
-
-
-def _mooncake(settings: Settings) -> MooncakeEngine | None:
-    if settings.mooncake_host is None or settings.protocol != "sglang":
-        return None
-    return MooncakeEngine(settings.mooncake_host, settings.mooncake_protocol, settings.mooncake_device)
-
-
-def _entry_folder(settings: Settings) -> EntryFolder | None:
-    if settings.ec_store is None:
-        return None
-    return EntryFolder(
-        settings.ec_store, max_bytes=int(settings.ec_store_gb * (1 << 30)), max_age_s=settings.ec_store_age_s
-    )
-
-
-def media_limits(settings: Settings) -> MediaLimits:
-    """The limits of one media item, from the options."""
-    return MediaLimits(
-        max_bytes=settings.max_media_mb << 20,
-        max_pixels=settings.max_pixels,
-        max_frames=settings.max_frames,
-        max_audio_seconds=settings.max_audio_s,
-        decode_seconds=settings.decode_s,
-        fetch_seconds=settings.fetch_s,
-        slow_formats=settings.media_formats == "all",
-        white_behind=settings.image_alpha == "white",
-    )

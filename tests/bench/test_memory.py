@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
+import sys
 
 from benchmarks import memory, procfs
+from tests.live import eventually
 
 
 def test_every_process_of_a_server_is_found(tmp_path, capsys):
@@ -27,7 +29,11 @@ def test_a_checkout_without_an_environment_is_refused(tmp_path, capsys):
 
 
 def test_the_usage_of_a_process_without_children():
-    mine = procfs.usage(os.getpid())
-    assert mine.loop > 0 and mine.preparers == mine.ranks == 0
-    later = procfs.usage(os.getpid()).since(mine)
-    assert 0 <= later.front < 10
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            assert eventually(lambda: procfs.usage(busy.pid).loop > 0, 30)
+            found = procfs.usage(busy.pid)
+            assert found.preparers == found.ranks == 0
+            assert eventually(lambda: procfs.usage(busy.pid).since(found).front > 0, 30)
+        finally:
+            busy.kill()

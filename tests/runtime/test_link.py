@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
 import zmq
 
+from encode_server.errors import StartupError
 from encode_server.runtime.link import LARGE
 from encode_server.runtime.peer import Peer
+from encode_server.runtime.rundir import RunDirectory
 from tests.pipeline.desk import until
 from tests.runtime.serving import HERE, running
 
@@ -111,3 +115,26 @@ def test_sending_to_a_child_that_is_gone_does_no_harm() -> None:
         assert not Path(echo.peer.link.path).parent.exists()
 
     run(scenario)
+
+
+def test_a_long_path_for_temporary_files_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of sockets have 107 bytes at most."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+
+    async def scenario(echo: Echo) -> None:
+        directory = Path(echo.peer.link.path).parent
+        assert directory.parent != long
+        await echo.start()
+        echo.peer.link.send(b"hello")
+        await until(lambda: echo.got == [b"hello"])
+        assert not directory.exists()
+
+    run(scenario)
+
+
+def test_no_place_for_temporary_files_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    with pytest.raises(StartupError, match=r"/nowhere \(TMPDIR\): no such file"):
+        RunDirectory()
