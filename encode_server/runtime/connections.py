@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 class ConnectionLimits:
     """Bounds of one listener's connections.
 
-    `connections`: open concurrently; beyond it, the connection that was idle longest makes room for a new one.
+    `connections`: open concurrently, TLS handshakes among them; beyond it, the connection that was idle longest makes
+    room for a new one.
     `head_bytes`: request line and headers of one request, and whatever else carries no body: trailers, chunk sizes.
     `headers`: header lines of one request. `head_s`: seconds from the first byte of a request, or from the start of a
     connection, until the headers are complete; a TLS handshake has as long. `pipelined`: requests that wait for the
@@ -41,24 +42,42 @@ class _Refused(Exception):
     """Ends the parsing of what a connection sends."""
 
 
+class Sparable(Protocol):
+    """A connection that can be closed without harm to a request. `host`: the client's address."""
+
+    host: str
+
+    def abort(self) -> None:
+        """Close the connection immediately."""
+
+
 class IdleConnections:
     """Connections without a request in progress, by the client's address, the one that became idle first in front."""
 
     def __init__(self) -> None:
-        self._by_client: dict[str, dict[GuardedProtocol, None]] = {}
+        self._by_client: dict[str, dict[Sparable, None]] = {}
 
-    def add(self, connection: GuardedProtocol) -> None:
+    def make_room(self) -> bool:
+        """Close the connection that can best be spared; False where none can."""
+        if (spare := self.first()) is None:
+            return False
+        log.debug("closing an idle connection of %s: too many are open", spare.host)
+        self.discard(spare)  # now: asyncio tells of the end only later, and the next newcomer needs another
+        spare.abort()
+        return True
+
+    def add(self, connection: Sparable) -> None:
         """Note that the connection has no request in progress now."""
         self._by_client.setdefault(connection.host, {})[connection] = None
 
-    def discard(self, connection: GuardedProtocol) -> None:
+    def discard(self, connection: Sparable) -> None:
         """Note that the connection has a request in progress, or is closed."""
         mine = self._by_client.get(connection.host, {})
         mine.pop(connection, None)
         if not mine:
             self._by_client.pop(connection.host, None)
 
-    def first(self) -> GuardedProtocol | None:
+    def first(self) -> Sparable | None:
         """The connection that can best be spared: the oldest of the client that keeps most of them."""
         most = max(self._by_client.values(), key=len, default=None)
         return next(iter(most)) if most else None
@@ -86,14 +105,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """See asyncio."""
         super().connection_made(transport)
         self.host = self.client[0] if self.client else ""
-        if len(self.connections) > self.limits.connections:
-            spare = self.idle.first()
-            if spare is None:
-                self._refuse(503, "too many connections are open")
-                return
-            log.debug("closing an idle connection of %s: %d are open", spare.host, len(self.connections))
-            self.idle.discard(spare)  # now: asyncio tells of the end only later, and the next newcomer needs another
-            spare.transport.abort()
+        if len(self.connections) > self.limits.connections and not self.idle.make_room():
+            self._refuse(503, "too many connections are open")
+            return
         self.idle.add(self)
         self._expect_head()
 
@@ -102,6 +116,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self.idle.discard(self)
         self._cancel_timers()
         super().connection_lost(exc)
+
+    def abort(self) -> None:
+        """Close the connection immediately; nobody waits for an answer on it."""
+        self.transport.abort()
 
     # What comes in.
 

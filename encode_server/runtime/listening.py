@@ -11,12 +11,13 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Generator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
 from encode_server.errors import StartupError
 from encode_server.runtime.connections import ConnectionLimits, GuardedProtocol, guarded
+from encode_server.runtime.handshakes import TlsListener
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +28,27 @@ RESERVED = 512  # descriptors kept free of connections: for fetches, destination
 
 
 class Uvicorn(uvicorn.Server):
-    """uvicorn's server, with signals, and so the exit status, left to us, and a time limit for TLS handshakes."""
+    """uvicorn's server, with signals, and so the exit status, left to us, and bounds for TLS handshakes."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, then accept connections on `sockets`, which uvicorn would do without a limit for
-        handshakes."""
+        """Start the application, then accept connections on `sockets`, which uvicorn would do without bounds
+        for handshakes."""
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(3)
-        loop = asyncio.get_running_loop()
+        loop, self.servers = asyncio.get_running_loop(), []
         kind = self.config.http_protocol_class
         assert issubclass(kind, GuardedProtocol)
 
-        def protocol() -> asyncio.Protocol:
+        def protocol() -> GuardedProtocol:
             return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state, _loop=loop)
 
-        limit_s = kind.limits.head_s if self.config.ssl else None
-        self.servers = [
-            await loop.create_server(protocol, sock=sock, ssl=self.config.ssl, ssl_handshake_timeout=limit_s)
-            for sock in sockets or ()
-        ]
+        for sock in sockets or ():
+            if (context := self.config.ssl) is None:
+                self.servers.append(await loop.create_server(protocol, sock=sock))
+            else:
+                listener = TlsListener(sock, context, kind, protocol, self.server_state.connections)
+                self.servers.append(cast(asyncio.Server, listener))  # as far as uvicorn asks of one
         self.started = True
 
     @contextlib.contextmanager

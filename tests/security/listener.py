@@ -51,9 +51,10 @@ async def app(scope, receive, send):
 
 
 @contextlib.contextmanager
-def listening(limits: ConnectionLimits | None = None, application=app) -> Iterator[Listener]:
+def listening(limits: ConnectionLimits | None = None, application=app, **tls: str) -> Iterator[Listener]:
+    """`tls`: uvicorn's `ssl_certfile` and `ssl_keyfile`."""
     with bind("127.0.0.1", 0) as sock:
-        server = Uvicorn(config(application, limits or ConnectionLimits(), grace_s=1))
+        server = Uvicorn(config(application, limits or ConnectionLimits(), grace_s=1, **tls))
         thread = threading.Thread(target=lambda: uvloop.run(server.serve(sockets=[sock])))
         thread.start()
         try:
