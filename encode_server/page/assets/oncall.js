@@ -147,7 +147,9 @@ function showProcesses(status) {
   const minute = Math.floor(status.now / 30);
   show(parts.processes, [status.ranks, status.preparers, minute], () => {
     const rows = [...status.ranks.map((rank) => ["rank", rank]), ...status.preparers.map((one) => ["preparer", one])];
-    return el("table", { class: "cards" }, el("thead", {}, el("tr", {}, ["Process", "State", "PID", "Restarts", "Last loss"].map((name, index) => el("th", index === 4 ? { class: "grow" } : {}, name)))),
+    const devices = status.ranks.some((rank) => rank.memory); // ranks on a CPU have none
+    const heads = ["Process", "State", "PID", ...(devices ? ["Device memory"] : []), "Restarts", "Last loss"];
+    return el("table", { class: "cards" }, el("thead", {}, el("tr", {}, heads.map((name) => el("th", name === "Last loss" ? { class: "grow" } : {}, name)))),
       el("tbody", {}, rows.map(([kind, one]) => {
         const good = ["ready", "idle", "preparing"].includes(one.state);
         const kindOfPill = good ? "good" : ["dead", "waiting"].includes(one.state) ? "bad" : "warn";
@@ -155,6 +157,8 @@ function showProcesses(status) {
         return el("tr", {}, el("td", { class: "nowrap" }, `${kind} ${one.name}`),
           el("td", {}, el("span", { class: `pill ${kindOfPill}` }, one.state)),
           el("td", { class: "soft mono" }, one.pid === null ? "–" : String(one.pid)),
+          devices ? el("td", { class: "nowrap", title: one.memory ? `torch holds ${bytes(one.memory.reserved)}, its tensors ${bytes(one.memory.peak)} at most` : "" },
+            one.memory ? [bytes(one.memory.used), el("span", { class: "faint" }, ` of ${bytes(one.memory.total)}`)] : el("span", { class: "faint" }, "–")) : null,
           el("td", {}, losses.count ? `${losses.count} ${losses.count === 1 ? "restart" : "restarts"}` : el("span", { class: "faint" }, "no restarts")),
           el("td", { class: "wrap whole" }, losses.count ? [`${losses.reason} `, el("span", { class: "faint" }, `${losses.cause}, ${span(status.now - losses.at)} ago`)] : el("span", { class: "faint" }, "–")));
       })));
