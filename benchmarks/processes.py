@@ -61,7 +61,7 @@ class FloorProcess:
 
 
 class ServerProcess:
-    """A server under its own port of 127.0.0.1, ready for requests once constructed.
+    """A server under a port of 127.0.0.1, its own where `port` names none, ready for requests once constructed.
 
     `threads`: OMP_NUM_THREADS of the server, left alone when None, as for a user. `environment`: more variables for it.
     `checkout`: the directory of another checkout to run, with the Python of its own environment. `start_s`: seconds
@@ -77,14 +77,15 @@ class ServerProcess:
         timeout_s: float = 900,
         environment: dict[str, str] | None = None,
         checkout: Path | None = None,
+        port: int | None = None,
     ) -> None:
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.port = port if port is not None else free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self._started = time.perf_counter()
         python = checkout / ".venv" / "bin" / "python" if checkout else sys.executable
         self.process = subprocess.Popen(
-            [python, "-m", *command, f"--port={port}"],
+            [python, "-m", *command, f"--port={self.port}"],
             stdout=self._log,
             stderr=self._log,
             env=_environment(threads) | (environment or {}),
@@ -175,7 +176,8 @@ def server(
         process.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -28,7 +28,6 @@ class ProfileOptions(msgspec.Struct):
 def add_profile_routes(router: APIRouter, server: Server) -> None:
     """Add them to the server's other routes."""
 
-    @router.api_route("/start_profile", methods=["GET", "POST"], summary="Profile all ranks")
     async def start_profile(request: Request) -> Response:
         server.keys.client(request)
         options = await read_small(request, ProfileOptions)
@@ -37,8 +36,11 @@ def add_profile_routes(router: APIRouter, server: Server) -> None:
         await server.start_profile(options.num_steps)
         return Response(msgspec.json.encode({"status": "profiling"}), media_type=JSON)
 
-    @router.api_route("/stop_profile", methods=["GET", "POST"], summary="Write the ranks' traces")
     async def stop_profile(request: Request) -> Response:
         server.keys.client(request)
         files = await server.stop_profile()
         return Response(msgspec.json.encode({"status": "stopped", "files": files}), media_type=JSON)
+
+    for method in ("GET", "POST"):  # as SGLang has them; a route each, or two operations would share an id
+        router.add_api_route("/start_profile", start_profile, methods=[method], summary="Profile all ranks")
+        router.add_api_route("/stop_profile", stop_profile, methods=[method], summary="Write the ranks' traces")

@@ -15,7 +15,7 @@ from encode_server.client.answers import error_from, from_json, from_safetensors
 from encode_server.client.embedding import Embedding
 from encode_server.client.errors import ProtocolError, ServerUnreachable
 from encode_server.client.media import Media, Piece, items_json
-from encode_server.client.passed_on import passed_on
+from encode_server.client.passed_on import begin_call, passed_on
 from encode_server.wire.answers import Delivered
 from encode_server.wire.load import CONTENT_HEADER
 from encode_server.wire.modality import Modality
@@ -216,25 +216,27 @@ class EncodeClient:
         """
         import httpx
 
-        body = bytearray()
-        headers = {**passed_on(), **headers, "Accept-Encoding": "identity"}
-        try:
-            async with (
-                asyncio.timeout(limit),
-                self._http.stream(
-                    method, path, content=None if pieces is None else _sent(pieces), headers=headers
-                ) as response,
-            ):
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-            self.on_answer(response.headers)
-            return Answer(response.status_code, body, response.headers)
-        except TimeoutError as exc:
-            raise TimeoutError(f"no answer from {self.base_url}{path} within {limit:g} s") from exc
-        except httpx.RequestError as exc:
-            connected = not isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout)
-            message = f"{self.base_url}{path}: {exc or type(exc).__name__}"
-            raise ServerUnreachable(message, connected=connected) from exc
+        with begin_call(method, self.base_url + path) as call:
+            more = {**passed_on(), **call.headers, **headers, "Accept-Encoding": "identity"}
+            try:
+                async with (
+                    asyncio.timeout(limit),
+                    self._http.stream(
+                        method, path, content=None if pieces is None else _sent(pieces), headers=more
+                    ) as response,
+                ):
+                    call.answered(response.status_code)
+                    body = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                self.on_answer(response.headers)
+                return Answer(response.status_code, body, response.headers)
+            except TimeoutError as exc:
+                raise TimeoutError(f"no answer from {self.base_url}{path} within {limit:g} s") from exc
+            except httpx.RequestError as exc:
+                connected = not isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout)
+                message = f"{self.base_url}{path}: {exc or type(exc).__name__}"
+                raise ServerUnreachable(message, connected=connected) from exc
 
 
 def _fields(modality: Modality | str, req_id: str | None, num_parts: int = 1, part_idx: int = 0) -> dict[str, object]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from encode_server.errors import StartupError, first_line
+from encode_server.wire.ranks import DeviceMemory
 
 OUT_OF_MEMORY = (  # in the messages of errors that are no torch.OutOfMemoryError, in lower case
     "out of memory",  # cudaErrorMemoryAllocation, hipErrorOutOfMemory; NCCL quotes them
@@ -90,6 +91,19 @@ def recover(device: str) -> None:
 
     torch.accelerator.synchronize(torch.device(device))
     torch.accelerator.empty_cache()
+
+
+def memory_of(device: str) -> DeviceMemory | None:
+    """How much memory is used on a device that is no CPU; None where the device does not say."""
+    import torch
+
+    place = torch.device(device)
+    try:
+        free, total = torch.accelerator.get_memory_info(place)
+        reserved, peak = torch.accelerator.memory_reserved(place), torch.accelerator.max_memory_allocated(place)
+    except (RuntimeError, AssertionError):
+        return None
+    return DeviceMemory(total - free, reserved, peak, total)
 
 
 def choose_precision(dtype: str, *, tf32: bool) -> str:

@@ -106,6 +106,7 @@ class _Rank:
     peer: Peer
     state: str = "starting"
     info: m.EncoderInfo | None = None
+    memory: m.DeviceMemory | None = None
 
 
 class RankGroup:
@@ -146,6 +147,11 @@ class RankGroup:
     def pids(self) -> list[int | None]:
         """Per rank, None before the rank has been forked."""
         return [rank.peer.pid for rank in self._ranks]
+
+    @property
+    def memory(self) -> list[m.DeviceMemory | None]:
+        """Per rank, what its device's memory was when the rank said so last; None on a CPU, and before."""
+        return [rank.memory for rank in self._ranks]
 
     def oldest(self) -> Pending | None:
         """The command that has been executed for longest; None when the ranks are idle."""
@@ -303,6 +309,8 @@ class RankGroup:
             self.fail(f"rank {done.rank} acknowledged command {done.seq}, which is not in flight", Cause.GARBLED)
             return
         pending.done[done.rank] = done
+        if done.memory is not None:
+            self._ranks[done.rank].memory = done.memory
         forward = isinstance(pending.command, m.Forward)
         if len(pending.done) < len(self._ranks):
             if done.error and forward:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import mmap
 import os
 import time
@@ -36,6 +37,7 @@ from encode_server.wire import ranks as m
 NICE = 5  # of a rank on a CPU: the front runs rarely and briefly on the same cores, but must run immediately
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
 ON_A_CPU = 8  # most concurrent batches: beyond that, Python's own part of a forward, one thread at a time, counts
+MEMORY_S = 2.0  # between two answers that say how much of the device's memory is used
 ON_A_GPU = 2  # batches in progress: while one computes, the other is launched, and its embeddings are copied out
 
 
@@ -78,6 +80,7 @@ class Worker:
     def __init__(self, encoder: Encoder, store: TensorStore, rank: int) -> None:
         self._encoder, self._store, self._rank = encoder, store, rank
         self._lane = None if encoder.info.device == "cpu" else Lane(encoder.info.device)
+        self._memory_said = -math.inf
 
     @property
     def info(self) -> m.EncoderInfo:
@@ -111,7 +114,15 @@ class Worker:
             done = m.Done(self._rank, command.seq, _one_line(error), devices.is_out_of_memory(error))
             let_go(error)
             return done
-        return m.Done(self._rank, command.seq, forward_s=forward_s)
+        return m.Done(self._rank, command.seq, forward_s=forward_s, memory=self.memory())
+
+    def memory(self) -> m.DeviceMemory | None:
+        """What is used of the device's memory, not more often than every `MEMORY_S`: else, and on a CPU, None."""
+        now = time.monotonic()
+        if self._encoder.info.device == "cpu" or now - self._memory_said < MEMORY_S:
+            return None
+        self._memory_said = now
+        return devices.memory_of(self._encoder.info.device)
 
     def _write(self, command: m.Forward, embeddings: list[torch.Tensor]) -> None:
         """Queue the copies of the embeddings into the arena, on rank 0."""
@@ -148,7 +159,7 @@ def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threa
             case m.StopProfile(seq):
                 channel.send(m.encode(_attempt(rank, seq, profiler.stop)))
             case m.Ping(seq):
-                channel.send(m.encode(m.Done(rank, seq)))
+                channel.send(m.encode(m.Done(rank, seq, memory=worker.memory())))
                 with contextlib.suppress(Exception):
                     profiler.look()
             case m.Shutdown():

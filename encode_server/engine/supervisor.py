@@ -115,6 +115,11 @@ class Supervisor:
         """Per rank, None where there is no process."""
         return self._group.pids if self._group else []
 
+    @property
+    def rank_memory(self) -> list[m.DeviceMemory | None]:
+        """Per rank, see `RankGroup.memory`."""
+        return self._group.memory if self._group else []
+
     def forward_age_s(self) -> float | None:
         """Seconds that the ranks have had for the oldest forward that they execute, without the time in which the
         machine gave a rank no core; None when they execute none."""

@@ -38,6 +38,7 @@ from encode_server.runtime.outline import Outline, outline
 from encode_server.runtime.pools import Pace, run_sized
 from encode_server.service.keys import ApiKeys
 from encode_server.telemetry.request_ids import RequestIds
+from encode_server.telemetry.tracing import Tracing, fastapi_telemetry, otlp_tracing
 
 log = logging.getLogger(__name__)
 
@@ -230,17 +231,22 @@ class Router:
         return await self.vllm.encoded(path, headers, Document(raw, found, self._pool), parts)
 
 
-def create_route_app(options: RouteOptions) -> FastAPI:
-    """The application of one proxy."""
+def create_route_app(options: RouteOptions, tracing: Tracing | None = None) -> FastAPI:
+    """The application of one proxy. `tracing`: instead of what the options ask for. Raises StartupError."""
+    if tracing is None and options.tracing == "otlp":
+        tracing = otlp_tracing(__version__, "encode-server-route")
     router = Router(options)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with router.running():
             yield
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan)
-    app.add_middleware(PassesOn)
+    telemetry: Any = fastapi_telemetry(tracing)
+    app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan, telemetry=telemetry)
+    app.add_middleware(PassesOn, tracing=tracing)
     app.add_middleware(RequestIds)
     for path in (CHAT, RESPONSES, MESSAGES) if router.sglang is not None else (CHAT, RESPONSES):
         app.add_api_route(path, router.chat, methods=["POST"], response_model=None)

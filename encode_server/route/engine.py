@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from encode_server.client.http import SEND_BYTES
 from encode_server.client.media import Piece
+from encode_server.client.passed_on import Call, begin_call
 from encode_server.errors import DeliveryFailed
 from encode_server.telemetry.ids import current_ids
 from encode_server.telemetry.request_ids import HEADER
@@ -56,6 +57,7 @@ class Engine:
             limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),
             trust_env=False,
         )
+        self._origin = str(self._http.base_url).rstrip("/")
         self._prefix = self._http.base_url.raw_path.rstrip(b"/")
         self._admitted: dict[bytes, float] = {}  # until when, by a digest of the credentials
 
@@ -71,10 +73,14 @@ class Engine:
         now = time.monotonic()
         if self._admitted.get(known, 0.0) > now:
             return None
-        try:
-            answer = await self._http.get("/v1/models", headers=shown, timeout=CONNECT_TIMEOUT_S)
-        except httpx.RequestError as error:
-            raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
+        with begin_call("GET", str(self._http.base_url.join("v1/models"))) as call:
+            try:
+                answer = await self._http.get(
+                    "/v1/models", headers=shown | dict(call.headers), timeout=CONNECT_TIMEOUT_S
+                )
+            except httpx.RequestError as error:
+                raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
+            call.answered(answer.status_code)
         if answer.status_code in (401, 403):
             more = {name: answer.headers[name] for name in ("www-authenticate",) if name in answer.headers}
             return Response(answer.content, answer.status_code, more, answer.headers.get("content-type"))
@@ -93,15 +99,24 @@ class Engine:
         kept = {name: value for name, value in headers.items() if name.lower() not in NOT_FORWARDED}
         if (ids := current_ids()) is not None:
             kept[HEADER.lower()] = ids.request_id
+        call = begin_call(method, self._origin + target.partition(b"?")[0].decode("ascii", "replace"))
+        kept.update(call.headers)
         size = sum(map(len, content))
         if size or method not in ("GET", "DELETE"):
             kept["content-length"] = str(size)
         request = self._http.build_request(method, "/", headers=kept, content=_given_away(content) if size else None)
         request.extensions["target"] = self._prefix + target
         try:
-            return await self._http.send(request, stream=True)
+            answer = await self._http.send(request, stream=True)
         except httpx.RequestError as error:
+            call.end(error)
             raise DeliveryFailed(f"the engine does not answer: {error or type(error).__name__}") from None
+        except BaseException as error:
+            call.end(error)
+            raise
+        call.answered(answer.status_code)
+        answer.stream = _EndsCall(answer.stream, call)
+        return answer
 
     def passed_on(self, answer: httpx.Response) -> StreamingResponse:
         """The engine's answer as it arrives."""
@@ -127,6 +142,27 @@ class Engine:
         with contextlib.suppress(httpx.HTTPError):
             return (await self._http.get("/health", timeout=CONNECT_TIMEOUT_S)).status_code == 200
         return False
+
+
+class _EndsCall(httpx.AsyncByteStream):
+    """The body of an answer, whose call ends with it."""
+
+    def __init__(self, body: httpx.AsyncByteStream | httpx.SyncByteStream, call: Call) -> None:
+        assert isinstance(body, httpx.AsyncByteStream)
+        self._body, self._call = body, call
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._body:
+                yield chunk
+        except BaseException as error:
+            self._call.end(error)
+            raise
+
+    async def aclose(self) -> None:
+        """See AsyncByteStream."""
+        self._call.end()
+        await self._body.aclose()
 
 
 async def _given_away(content: list[Piece]) -> AsyncIterator[bytes]:

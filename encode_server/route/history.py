@@ -7,7 +7,7 @@ from collections import deque
 
 import msgspec
 
-from encode_server.telemetry.history import FAILURES, MAX_TEXT, Verdict
+from encode_server.telemetry.history import FAILURES, MAX_TEXT, History, Timeline, Verdict
 from encode_server.telemetry.ids import current_ids
 
 
@@ -24,15 +24,17 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class RouteHistory:
-    """The last failures and the last verdict of one proxy."""
+    """The last failures, the last verdict, and the last quarter of an hour of one proxy."""
 
     def __init__(self) -> None:
         self.started_at = time.time()
         self._failures: deque[Failure] = deque(maxlen=FAILURES)
+        self._requests = History()
         self.verdict = Verdict("starting", "", self.started_at)
 
     def end_request(self, method: str, path: str, status: int, seconds: float) -> None:
-        """A request has ended. What is kept are failures that are not the caller's own."""
+        """A request has ended. All are counted; what is kept are failures that are not the caller's own."""
+        self._requests.count(ok=0 < status < 400, stages={"total": seconds})
         if 0 < status < 500 and status != 429:
             return
         ids = current_ids()
@@ -42,6 +44,10 @@ class RouteHistory:
     def failures(self) -> list[Failure]:
         """The last ones, the newest first."""
         return list(reversed(self._failures))
+
+    def timeline(self) -> Timeline:
+        """Requests by time. `in_progress`, `waiting` and `backlog_s` are not sampled, and stay 0."""
+        return self._requests.timeline()
 
     def judge(self, level: str, reason: str) -> Verdict:
         """The verdict of now; `since` stays while the level does."""

@@ -54,6 +54,7 @@ class RouteOptions:
     least_rate_kb: int = 64
     max_connections: int = 4096
     page: str = "on"
+    tracing: str = "off"
 
     def __post_init__(self) -> None:
         if self.protocol == "vllm":
@@ -152,6 +153,7 @@ def add_route_options(parser: ArgumentParser) -> None:
     add("--ssl-keyfile", metavar="PEM", help="its private key")
     add("--grace-s", type=float, metavar="S", help="after SIGTERM: time for streams and parts in progress to end")
     add("--page", choices=("on", "off"), help="the page at /; what it shows, /status, wants a key of --api-keys")
+    add("--tracing", choices=("off", "otlp"), help="spans by OTLP over HTTP, where OTEL_EXPORTER_OTLP_ENDPOINT says")
     add("--log-level", choices=("debug", "info", "warning", "error"), help="least severe level logged")
 
 

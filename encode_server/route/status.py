@@ -11,7 +11,7 @@ from encode_server import __version__
 from encode_server.client.encoders import Encoder
 from encode_server.route.fleet import Fleet
 from encode_server.route.history import Failure, RouteHistory
-from encode_server.telemetry.history import Verdict, without_queries
+from encode_server.telemetry.history import Timeline, Verdict, without_queries
 
 
 class EncoderRow(msgspec.Struct, frozen=True):
@@ -39,6 +39,7 @@ class RouteStatus(msgspec.Struct, frozen=True):
     requests_in_progress: int
     encoders: list[EncoderRow]
     failures: list[Failure]
+    timeline: Timeline
 
 
 def route_status(
@@ -77,6 +78,7 @@ def route_status(
         requests_in_progress=requests_in_progress,
         encoders=rows,
         failures=history.failures(),
+        timeline=history.timeline(),
     )
 
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from encode_server.client.encoders import Encoder
-from encode_server.client.passed_on import pass_on
+from encode_server.client.passed_on import Watcher, pass_on
 from encode_server.route.history import RouteHistory
+from encode_server.telemetry.calls import traced_call
 from encode_server.telemetry.ids import current_ids
 from encode_server.telemetry.logs import quoted
 from encode_server.telemetry.request_ids import HEADER
+from encode_server.telemetry.tracing import PROBES, Tracing
 
 request_log = logging.getLogger("encode_server.requests")
 
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180)
-UNLOGGED = frozenset({"/livez", "/readyz", "/health", "/health_generate", "/metrics", "/status", "/list_encoder_urls"})
 PAGE = "/page/"  # its files are not worth a line each
 KNOWN = frozenset({"/encode", "/scheduler_receive_url", "/v1/chat/completions", "/register_encoder_url"})
 NOTES = "encode_server.notes"
@@ -83,25 +85,26 @@ class RouteMetrics:
         return generate_latest(self.registry)
 
 
-def _pass_on_trace(scope: Scope) -> None:
+def _pass_on_trace(scope: Scope, watcher: Watcher | None) -> None:
     """Have the encoders see the caller's trace, with its state and baggage untouched, and the request's id."""
     headers, ids = Headers(scope=scope), current_ids()
     if ids is None:
         return
     trace = {name: headers[name] for name in TRACE if name in headers} if ids.trace_id is not None else {}
-    pass_on({HEADER: ids.request_id} | trace)
+    pass_on({HEADER: ids.request_id} | trace, watcher)
 
 
 class PassesOn:
     """ASGI middleware, to be called below `RequestIds`, which names the request."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tracing: Tracing | None = None) -> None:
         self._app = app
+        self._watcher = None if tracing is None else partial(traced_call, tracing)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] == "http":
-            _pass_on_trace(scope)
+            _pass_on_trace(scope, self._watcher)
         await self._app(scope, receive, send)
 
 
@@ -135,10 +138,10 @@ class Observed:
         finally:
             self._metrics.in_progress.dec()
             seconds = time.perf_counter() - started
-            label = path if path in KNOWN or path in UNLOGGED else "other"
+            label = path if path in KNOWN or path in PROBES else "other"
             self._metrics.requests.labels(label, str(status)).inc()
             self._metrics.seconds.labels(label).observe(seconds)
-            if path not in UNLOGGED and not path.startswith(PAGE):
+            if path not in PROBES and not path.startswith(PAGE):
                 self._history.end_request(scope["method"], path, status, seconds)
                 notes = "".join(f" {name}={quoted(str(value))}" for name, value in scope.get(NOTES, {}).items())
                 request_log.info(

@@ -52,6 +52,12 @@ def _show_encoding(server: Server, encoding: Encoding) -> None:
         metrics.group_up[str(index)].set(group.ready)
         metrics.group_in_flight[str(index)].set(len(work.running))
         metrics.group_backlog[str(index)].set(work.seconds)
+    metrics.show_device_memory(
+        (index, rank, memory)
+        for index, group in enumerate(engine.groups)
+        for rank, memory in enumerate(group.rank_memory)
+        if memory is not None
+    )
     metrics.show_preparers(state != "starting" for state in preparers.states)
     for modality, cost in batcher.costs.items():
         metrics.speed[modality].set(cost.patches_per_s or 0.0)

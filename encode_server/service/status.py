@@ -14,6 +14,7 @@ from encode_server.runtime.losses import Losses
 from encode_server.service.judgement import observe
 from encode_server.settings import option_name
 from encode_server.telemetry.history import Ended, Failure, StageTimes, Target, Timeline, Verdict
+from encode_server.wire.ranks import DeviceMemory
 
 if TYPE_CHECKING:  # the server's type only
     from encode_server.service.server import Server
@@ -21,12 +22,14 @@ if TYPE_CHECKING:  # the server's type only
 
 class Process(msgspec.Struct, frozen=True):
     """A rank or a preparer. `name`: its number, for a rank of several groups after the group's and a dot. The ranks of
-    a group are lost together, so they show the losses of their group."""
+    a group are lost together, so they show the losses of their group. `memory`: of a rank's device, see
+    `wire.ranks.DeviceMemory`; None on a CPU, and until the rank has said so."""
 
     name: str
     state: str
     pid: int | None
     losses: Losses
+    memory: DeviceMemory | None = None
 
 
 class Level(msgspec.Struct, frozen=True):
@@ -136,9 +139,10 @@ def _ranks(server: Server) -> list[Process]:
     for number, group in enumerate(groups):
         states = (group and group.rank_states) or ["waiting"] * tp
         pids = (group and group.rank_pids) or [None] * tp
+        memory = (group and group.rank_memory) or [None] * tp
         losses = group.losses if group is not None else Losses()
-        for rank, (state, pid) in enumerate(zip(states, pids, strict=True)):
-            found.append(Process(f"{number}.{rank}" if dp > 1 else str(rank), state, pid, losses))
+        for rank, (state, pid, used) in enumerate(zip(states, pids, memory, strict=True)):
+            found.append(Process(f"{number}.{rank}" if dp > 1 else str(rank), state, pid, losses, used))
     return found
 
 

@@ -152,22 +152,14 @@ class History:
     ) -> None:
         """A request has ended. `stages`: seconds by stage. `target`: where its embedding was sent. `bound`: which of
         the server's bounds refused. `broken`: the failure is the server's, not the caller's."""
+        ok = outcome == "ok"
+        self.count(ok=ok, stages=stages, broken=broken)
         slot = self._slot()
         self._ended += 1
-        ok = outcome == "ok"
         if bound is not None:
             self.refusals[bound] += 1
             self._refused[bound] = self._clock()
         total = stages.get("total", 0.0)
-        if ok:
-            slot.ok += 1
-            for stage in stages.keys() & self._counts.keys():
-                bucket = bisect_left(BUCKETS, stages[stage])
-                self._counts[stage][bucket] += 1
-                slot.counts.setdefault(stage, Counter())[bucket] += 1
-        else:
-            slot.failed += 1
-            slot.broken += broken
         slow = len(slot.slowest) < SLOWEST or total > slot.slowest[0][0]
         if ok and not slow and target is None:
             return
@@ -190,6 +182,19 @@ class History:
             push(slot.slowest, (total, self._ended, ended))
         if target is not None and (ok or outcome in ("delivery_failed", "store_full")):
             self._note_delivery(target[:MAX_TEXT], ended)
+
+    def count(self, *, ok: bool, stages: Mapping[str, float], broken: bool = False) -> None:
+        """A request has ended, of which nothing but its times is kept; arguments as of `end_request`."""
+        slot = self._slot()
+        if not ok:
+            slot.failed += 1
+            slot.broken += broken
+            return
+        slot.ok += 1
+        for stage in stages.keys() & self._counts.keys():
+            bucket = bisect_left(BUCKETS, stages[stage])
+            self._counts[stage][bucket] += 1
+            slot.counts.setdefault(stage, Counter())[bucket] += 1
 
     def sample(self, in_progress: int, waiting: int, backlog_s: float) -> None:
         """What the server holds now; the most of each slot is kept."""

@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 
 from encode_server.errors import EncodeError
 from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import DeviceMemory
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
@@ -186,6 +187,12 @@ class Metrics:
         # Processes.
         self.ready = self._gauge("encode_ready", "1 when requests are taken")
         self._rank_up = Gauge("encode_rank_up", "1 when the rank is ready", ["group", "rank"], registry=registry)
+        self._device_memory = Gauge(
+            "encode_device_memory_bytes",
+            "Memory of the rank's device, as the rank said last",
+            ["group", "rank", "kind"],
+            registry=registry,
+        )
         self._preparer_up = Gauge("encode_preparer_up", "1 when the preparer works", ["preparer"], registry=registry)
         restarts = self._counter("encode_group_restarts", "Restarts of a group of ranks, by cause", "group", "cause")
         self.group_restarts = {
@@ -253,6 +260,13 @@ class Metrics:
         """Which ranks of a group are ready."""
         for rank, state in enumerate(states):
             self._rank_up.labels(str(group), str(rank)).set(state)
+
+    def show_device_memory(self, ranks: Iterable[tuple[int, int, DeviceMemory]]) -> None:
+        """What ranks said of their devices: group, rank, memory. Ranks that are not among these have no series."""
+        self._device_memory.clear()
+        for group, rank, memory in ranks:
+            for kind in DeviceMemory.__struct_fields__:
+                self._device_memory.labels(str(group), str(rank), kind).set(getattr(memory, kind))
 
     def show_preparers(self, states: Iterable[bool]) -> None:
         """Which preparers work."""

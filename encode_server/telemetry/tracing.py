@@ -20,7 +20,7 @@ from opentelemetry.trace import Link, Span, SpanContext, Status, StatusCode, Tra
 from encode_server.errors import StartupError
 from encode_server.telemetry.ids import current_ids, enter_request, ids_from_headers
 
-PROBES = frozenset({"/health", "/health_generate", "/livez", "/readyz", "/metrics", "/status"})
+PROBES = frozenset({"/health", "/health_generate", "/livez", "/readyz", "/metrics", "/status", "/list_encoder_urls"})
 FLUSH_S = 2.0  # longest wait at the end for a collector that does not answer
 
 Value = str | int | float | bool
@@ -30,7 +30,7 @@ class Tracing:
     """Makes the spans of one server. `flush`: sends what has not been sent."""
 
     def __init__(self, provider: TracerProvider, flush: Callable[[], object] = lambda: None) -> None:
-        self._tracer = provider.get_tracer("encode_server")
+        self.tracer = provider.get_tracer("encode_server")
         self.provider, self._flush = provider, flush
 
     def stage(
@@ -48,7 +48,7 @@ class Tracing:
             return
         end = time.time_ns() - round(ended_s_ago * 1e9)
         linked = [Link(context) for context in links]
-        span = self._tracer.start_span(name, attributes=attributes, links=linked, start_time=end - round(seconds * 1e9))
+        span = self.tracer.start_span(name, attributes=attributes, links=linked, start_time=end - round(seconds * 1e9))
         span.end(end)
 
     def start_batch(self, requests: Iterable[SpanContext], **attributes: Value) -> Span | None:
@@ -57,7 +57,7 @@ class Tracing:
         if not contexts:
             return None
         parent = trace.set_span_in_context(trace.NonRecordingSpan(contexts[0]), Context())
-        return self._tracer.start_span("batch", parent, attributes=attributes, links=[Link(c) for c in contexts])
+        return self.tracer.start_span("batch", parent, attributes=attributes, links=[Link(c) for c in contexts])
 
     def close(self) -> None:
         """Send what has not been sent. Blocks for `FLUSH_S` seconds at most, less than the exporter may take."""
@@ -110,9 +110,10 @@ def fastapi_telemetry(tracing: Tracing | None) -> Any:
     return off | {"tracing": True, "tracer_provider": tracing.provider, "exclude": _is_probe}
 
 
-def otlp_tracing(version: str) -> Tracing:
+def otlp_tracing(version: str, service: str = "encode-server") -> Tracing:
     """Spans sent by OTLP over HTTP, as OpenTelemetry's variables say (`OTEL_EXPORTER_OTLP_ENDPOINT`,
-    `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`, …). Raises StartupError without OpenTelemetry's SDK."""
+    `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER`, …). `service`: the name where that variable gives none. Raises
+    StartupError without OpenTelemetry's SDK."""
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -122,7 +123,7 @@ def otlp_tracing(version: str) -> Tracing:
         raise StartupError("--tracing otlp needs OpenTelemetry's SDK: pip install 'encode-server[otel]'") from None
     attributes = {"service.version": version}
     if not os.environ.get("OTEL_SERVICE_NAME"):
-        attributes["service.name"] = "encode-server"
+        attributes["service.name"] = service
     provider = SdkProvider(resource=Resource.create(attributes), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracing(provider, provider.force_flush)

@@ -146,14 +146,26 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     info: EncoderInfo
 
 
+class DeviceMemory(msgspec.Struct, frozen=True):
+    """Bytes of a device. `total`: what the device has. `used`: by all processes on the device. `reserved`: by this
+    rank's torch. `peak`: the most that this rank's tensors have held so far."""
+
+    used: int
+    reserved: int
+    peak: int
+    total: int
+
+
 class Done(msgspec.Struct, frozen=True, tag="done"):
-    """Command `seq` is finished on this rank. `error` is empty on success. `forward_s`: seconds of its forward."""
+    """Command `seq` is finished on this rank. `error` is empty on success. `forward_s`: seconds of its forward.
+    `memory`: of the rank's device, with some answers; never of a CPU."""
 
     rank: int
     seq: int
     error: str = ""
     out_of_memory: bool = False
     forward_s: float = 0.0
+    memory: DeviceMemory | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

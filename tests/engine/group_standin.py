@@ -24,7 +24,7 @@ class StandInGroup:
         self._groups, self.index = groups, index
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.states, self.pids = ["ready"], [1]
+        self.states, self.pids, self.memory = ["ready"], [1], [None]
         self.forwarded = 0
         self.cause = Cause.NOT_STARTED
         self.age = 0.0

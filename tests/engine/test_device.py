@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from encode_server.engine import device as devices
+from encode_server.engine import rank
 from encode_server.engine.device import choose_precision, is_out_of_memory, resolve_device, resolve_dtype
 from encode_server.engine.rank import Worker
 from encode_server.errors import StartupError
@@ -207,3 +208,28 @@ def test_a_broken_context_ends_the_rank(monkeypatch: pytest.MonkeyPatch) -> None
     worker = Worker(cast(Any, FailingEncoder(RuntimeError("CUDA error"))), cast(Any, None), 0)
     failed = worker.forward(m.Forward(1, Modality.IMAGE, ()))
     assert isinstance(failed, m.Failed) and "illegal memory access" in failed.message
+
+
+def test_a_rank_says_now_and_then_what_is_used_of_its_devices_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(rank, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(rank, "Lane", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (30, 80))
+    monkeypatch.setattr(torch.accelerator, "memory_reserved", lambda device: 20)
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 10)
+
+    def worker(device: str) -> Worker:
+        return Worker(cast(Any, SimpleNamespace(info=SimpleNamespace(device=device))), cast(Any, None), 0)
+
+    gpu, cpu = worker("cuda:1"), worker("cpu")
+    said = m.DeviceMemory(used=50, reserved=20, peak=10, total=80)
+    assert gpu.memory() == said and gpu.memory() is None and cpu.memory() is None
+    clock[0] += rank.MEMORY_S
+    assert gpu.memory() == said
+
+    def broken(device: object) -> tuple[int, int]:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", broken)
+    clock[0] += rank.MEMORY_S
+    assert gpu.memory() is None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,9 +19,28 @@ from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupLost, GroupSpec, RankGroup, _Rank
 from encode_server.runtime.forkserver import Forkserver
 from encode_server.wire.modality import Modality
-from encode_server.wire.ranks import Done
+from encode_server.wire.ranks import DeviceMemory, Done
+from tests.engine.fake_rank import MEMORY
 from tests.engine.group_standin import INFO
 from tests.pipeline.desk import until
+
+
+@contextlib.asynccontextmanager
+async def fake_ranks(device: str = "cpu") -> AsyncIterator[RankGroup]:
+    """A group of one rank, a process that does without torch."""
+    forkserver, arena = Forkserver("tests.runtime.children:nothing"), Arena(1 << 20)
+    forkserver.start()
+    keeper = asyncio.create_task(forkserver.run())
+    spec = GroupSpec("", 1, device, "float32", "float32", 1)
+    ranks = RankGroup(spec, forkserver, arena, lambda rank, step: None, lambda rank, text: None)
+    try:
+        await ranks.start(30)
+        yield ranks
+    finally:
+        await ranks.stop()
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        arena.close()
 
 
 @pytest.mark.parametrize(
@@ -39,13 +60,7 @@ def test_a_signal_that_neither_the_server_nor_the_kernel_sent_came_from_outside(
     monkeypatch.setattr(group.OomKills, "count", lambda self: next(counts))
 
     async def scene() -> None:
-        forkserver, arena = Forkserver("tests.runtime.children:nothing"), Arena(1 << 20)
-        forkserver.start()
-        keeper = asyncio.create_task(forkserver.run())
-        spec = GroupSpec("", 1, "cpu", "float32", "float32", 1)
-        ranks = RankGroup(spec, forkserver, arena, lambda rank, step: None, lambda rank, text: None)
-        try:
-            await ranks.start(30)
+        async with fake_ranks() as ranks:
             forward = asyncio.create_task(ranks.forward(Modality.IMAGE, ()))
             await until(lambda: ranks.oldest() is not None)
             pid = ranks._ranks[0].peer.pid
@@ -54,11 +69,23 @@ def test_a_signal_that_neither_the_server_nor_the_kernel_sent_came_from_outside(
             with pytest.raises(GroupLost) as lost:
                 await forward
             assert lost.value.suspect and lost.value.outside is outside
-        finally:
-            await ranks.stop()
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
-            arena.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize(("device", "memory"), [("cpu", None), ("cuda", MEMORY)])
+def test_what_a_rank_says_of_its_devices_memory_is_kept_until_the_ranks_go(
+    device: str, memory: DeviceMemory | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "ENTRY", "tests.engine.fake_rank:main")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+    async def scene() -> None:
+        async with fake_ranks(device) as ranks:
+            assert ranks.memory == [None]
+            await ranks.ping()
+            assert ranks.memory == [memory]
+        assert ranks.memory == []
 
     asyncio.run(scene())
 

@@ -69,10 +69,12 @@ def test_embeddings_are_in_place_when_the_engine_is_asked(fleet, engine, route):
 
 
 def test_its_page_shows_the_encoders(fleet, route):
+    assert httpx.get(route + "/v1/models", timeout=10).status_code == 200
     document = httpx.get(route + "/status", timeout=10).json()
     assert [row["url"] for row in document["encoders"]] == fleet.urls
     assert all(row["healthy"] and row["source"] == "options" for row in document["encoders"])
     assert document["verdict"]["level"] == "well" and document["engine"] is True
+    assert sum(document["timeline"]["ok"]) > 0
     assert "<title>" in httpx.get(route + "/", timeout=10).text
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from encode_server.media import samples
 from encode_server.media.samples import noise
+from tests.fleet.encoder_standin import EncoderStandIn
 from tests.live import LiveServer, eventually
 from tests.models.samples import png
 
@@ -183,3 +185,24 @@ def test_a_server_that_is_gone_is_told(browser, tmp_path):
         live.kill_all()
         page.wait_for_selector(".verdict:has-text('No answer')")
         page.close()
+
+
+def test_the_proxys_page_draws_its_requests(browser, tmp_path):
+    arguments = ["route", "--protocol", "sglang", "--port", "0"]
+    with EncoderStandIn() as encoder:
+        command = [sys.executable, "-m", "encode_server.cli", *arguments, "--encoder-url", encoder.url]
+        with LiveServer("", tmp_path / "route", command=command) as route:
+            route.listening()
+            for _ in range(3):
+                httpx.post(route.base_url + "/encode", json={}, timeout=30)  # refused, and counted
+            complaints: list[str] = []
+            page = browser.new_page(viewport=NARROW)
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.goto(route.base_url)
+            page.wait_for_selector("text=1 of 1")
+            page.wait_for_selector(".chart canvas")
+            assert page.locator(".chart canvas").count() == 2
+            assert page.locator("h2:has-text('Latency')").is_visible()
+            keep(page, "route-narrow")
+            page.close()
+    assert complaints == []

@@ -44,6 +44,14 @@ def test_it_says_what_needs_a_key(document):
     assert {} in document["paths"]["/encode"]["post"]["security"]
 
 
+@pytest.mark.parametrize("protocol", ["native", "sglang"])
+def test_every_operation_has_an_id_of_its_own(protocol):
+    """Or programs that make a client from the document would drop one of two."""
+    document = create_app(Settings(protocol=protocol)).openapi()
+    ids = [operation["operationId"] for methods in document["paths"].values() for operation in methods.values()]
+    assert len(ids) > 10 and len(set(ids)) == len(ids)
+
+
 @pytest.mark.parametrize("path", ["/livez", "/nothing", "/encode"])
 def test_every_answer_names_the_version(server, path):
     assert httpx.post(server.base_url + path, timeout=30).headers["x-encode-server-version"] == __version__

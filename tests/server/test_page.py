@@ -58,6 +58,7 @@ def test_status_shows_a_request_with_its_stages(server, picture):
     assert document["verdict"]["level"] in ("well", "full", "impaired") and document["verdict"]["reason"]
     assert document["modalities"] == ["audio", "image", "video"] and document["dtype"] == "float32"
     assert [rank["state"] for rank in document["ranks"]] == ["ready"] and document["ranks"][0]["pid"] > 0
+    assert document["ranks"][0]["memory"] is None, "a CPU has no memory of its own"
     assert {"requests in progress", "arena", "oldest forward", "cache"} <= {one["name"] for one in document["levels"]}
     stages = {one["stage"]: one for one in document["stages"]}
     assert stages["total"]["count"] >= 1 and stages["forward"]["p99"] >= stages["forward"]["p50"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from encode_server.route.history import RouteHistory
 from encode_server.telemetry.history import (
     DESTINATIONS,
     FAILURES,
@@ -135,3 +136,13 @@ def test_texts_hold_no_queries_no_credentials_no_media_and_end():
     assert without_queries(text) == "https://h.example/a.png?… is no image, nor is 'data:…'"
     assert without_queries("x" * 5000) == "x" * MAX_TEXT + "…"
     assert without_queries("is 3 > 2? yes") == "is 3 > 2? yes"
+
+
+def test_the_proxys_timeline_counts_every_request_and_keeps_its_own_failures():
+    history = RouteHistory()
+    for status, seconds in ((200, 0.1), (200, 0.1), (404, 0.1), (503, 2.0), (0, 1.0)):
+        history.end_request("POST", "/v1/chat/completions", status, seconds)
+    timeline = history.timeline()
+    assert (sum(timeline.ok), sum(timeline.failed)) == (2, 3)
+    assert timeline.p99[-1] is None or timeline.p99[-1] == pytest.approx(100, rel=0.1), "failures have no latency"
+    assert [failure.status for failure in history.failures()] == [0, 503], "a 404 is the caller's own"

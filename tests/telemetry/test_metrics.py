@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families as plain
 
 from encode_server.telemetry.metrics import OUTCOMES, REFUSING, Metrics
 from encode_server.wire.modality import Modality
+from encode_server.wire.ranks import DeviceMemory
 
 DOCS = Path(__file__).parents[2].joinpath("docs/metrics.md").read_text()
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
@@ -42,6 +43,7 @@ def listed() -> dict[str, tuple[str, set[str]]]:
 def exposed(metrics: Metrics) -> dict[str, tuple[str, set[str]]]:
     metrics.show_ranks(0, [True])
     metrics.show_preparers([True])
+    metrics.show_device_memory([(0, 0, DeviceMemory(3, 2, 1, 4))])
     return {
         family.name + ("_total" if family.type == "counter" else ""): (
             family.type,
@@ -69,6 +71,14 @@ def test_no_created_series():
     metrics = Metrics()
     metrics.end_request("image", "ok", "answer", 0.1)
     assert "_created" not in text(metrics) and "_created" not in text(metrics, OPENMETRICS)
+
+
+def test_the_memory_of_a_device_is_shown_while_its_rank_says_so():
+    metrics = Metrics()
+    metrics.show_device_memory([(0, 1, DeviceMemory(used=3, reserved=2, peak=1, total=4))])
+    assert 'encode_device_memory_bytes{group="0",kind="reserved",rank="1"} 2.0' in text(metrics)
+    metrics.show_device_memory([])
+    assert "encode_device_memory_bytes{" not in text(metrics)
 
 
 def test_an_outcome_never_seen_before_gets_its_series():

@@ -1,6 +1,6 @@
 // Two lines over a quarter of an hour.
 
-import { color } from "./dom.js";
+import { color, el } from "./dom.js";
 
 const HEIGHT = 170;
 
@@ -43,5 +43,34 @@ export class Chart {
         fill: one.fill ? color(one.color) + "22" : undefined, spanGaps: false,
       }))],
     }, [xs, ...columns], this.node);
+  }
+}
+
+const duration = (value) => (value >= 1000 ? `${+(value / 1000).toFixed(2)} s` : `${Math.round(value)} ms`);
+
+// The two cards that show a timeline: requests and latency.
+export class TimelineCards {
+  constructor() {
+    const requests = el("div", { class: "chart" });
+    const latency = el("div", { class: "chart" });
+    const legend = (...entries) => el("span", { class: "legend" }, entries.map(([name, css]) =>
+      el("span", {}, el("span", { class: `swatch ${css}` }), name)));
+    const card = (title, soft, body, keys) => el("section", { class: "card span-6" },
+      el("div", { class: "head" }, el("h2", {}, title, el("span", { class: "soft" }, soft)), keys), body);
+    this.nodes = [
+      card("Requests", "a second, 15 minutes", requests, legend(["answered", "s-preprocess"], ["failed", "s-failed"])),
+      card("Latency", "of a whole request", latency, legend(["half within", "s-preprocess"], ["99 % within", "s-deliver"]))];
+    this.requests = new Chart(requests, [{ label: "answered", color: "--preprocess", fill: true }, { label: "failed", color: "--bad" }], (v) => `${+v.toFixed(2)}`);
+    this.latency = new Chart(latency, [{ label: "p50", color: "--preprocess" }, { label: "p99", color: "--deliver" }], duration, 10);
+  }
+
+  show(timeline) {
+    const length = timeline.ok.length;
+    const xs = timeline.ok.map((_, index) => timeline.end - (length - index - 0.5) * timeline.step_s);
+    const range = [timeline.end - 900, timeline.end];
+    const full = Math.max(1, length - 1); // the last slot still fills
+    const cut = (values) => values.slice(0, full);
+    this.requests.show(cut(xs), [cut(timeline.ok).map((n) => n / timeline.step_s), cut(timeline.failed).map((n) => n / timeline.step_s)], range);
+    this.latency.show(cut(xs), [cut(timeline.p50), cut(timeline.p99)], range);
   }
 }

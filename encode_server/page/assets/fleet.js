@@ -1,13 +1,14 @@
 // The proxy's table of encoders.
 
+import { TimelineCards } from "./charts.js";
 import { clock, count, el, show, span } from "./dom.js";
 
 let parts = null;
 
 export function showFleet(root, status) {
   if (!parts) {
-    parts = { verdict: el("div", { class: "card verdict", role: "status", "aria-live": "polite" }), encoders: el("div"), failures: el("div") };
-    root.replaceChildren(parts.verdict, el("div", { class: "grid" },
+    parts = { verdict: el("div", { class: "card verdict", role: "status", "aria-live": "polite" }), timeline: new TimelineCards(), encoders: el("div"), failures: el("div") };
+    root.replaceChildren(parts.verdict, el("div", { class: "grid" }, ...parts.timeline.nodes,
       el("section", { class: "card span-12" }, el("h2", {}, "Encoders"), parts.encoders),
       el("section", { class: "card span-12" }, el("h2", {}, "Last failures"), parts.failures)));
   }
@@ -22,6 +23,7 @@ export function showFleet(root, status) {
       el("p", { class: "why" }, verdict.reason)),
     el("div", { class: "figures" }, figure(`${well} of ${encoders.length}`, "encoders well"), figure(count(inFlight), "items in flight"),
       figure(count(status.requests_in_progress), "requests in progress"))]);
+  parts.timeline.show(status.timeline);
   show(parts.encoders, [encoders, Math.floor(status.now / 10)], () => {
     if (!encoders.length) return el("p", { class: "empty" }, "No encoder is known. Encoders are listed, found by DNS, or register themselves.");
     const longest = Math.max(1, ...encoders.map((one) => one.backlog_s));

@@ -1,6 +1,6 @@
 // What a person on call looks at first.
 
-import { Chart } from "./charts.js";
+import { TimelineCards } from "./charts.js";
 import { bytes, clock, count, el, ms, show, sized, span, swatch } from "./dom.js";
 
 const WORDS = { well: "Well", full: "Full", impaired: "Impaired", starting: "Starting", leaving: "Leaving", down: "Down" };
@@ -10,37 +10,30 @@ const CLIENT = "requests of one client";
 let parts = null;
 
 function build(root) {
-  const legend = (...entries) => el("span", { class: "legend" }, entries.map(([name, css]) =>
-    el("span", {}, el("span", { class: `swatch ${css}` }), name)));
   parts = {
     verdict: el("div", { class: "card verdict", role: "status", "aria-live": "polite" }),
-    traffic: el("div", { class: "chart" }), latency: el("div", { class: "chart" }),
+    timeline: new TimelineCards(),
     levels: el("div", { class: "levels" }), rows: new Map(),
     stages: el("div"), processes: el("div"), failures: el("div"), slowest: el("div"), destinations: el("div"),
     destinationsCard: null,
   };
-  const card = (width, title, soft, body, extra = null) => el("section", { class: `card ${width}` },
-    el("div", { class: "head" }, el("h2", {}, title, soft ? el("span", { class: "soft" }, soft) : null), extra), body);
+  const card = (width, title, soft, body) => el("section", { class: `card ${width}` },
+    el("div", { class: "head" }, el("h2", {}, title, soft ? el("span", { class: "soft" }, soft) : null)), body);
   parts.destinationsCard = card("span-12", "Destinations that fail", "", parts.destinations);
   root.replaceChildren(parts.verdict, el("div", { class: "grid" },
-    card("span-6", "Requests", "a second, 15 minutes", parts.traffic, legend(["answered", "s-preprocess"], ["failed", "s-failed"])),
-    card("span-6", "Latency", "of a whole request", parts.latency, legend(["half within", "s-preprocess"], ["99 % within", "s-deliver"])),
+    ...parts.timeline.nodes,
     card("span-7", "Bounds", "what is used of each", parts.levels),
     card("span-5", "Where the time goes", "15 minutes, from half to 99 %", parts.stages),
     card("span-12", "Processes", "", parts.processes),
     parts.destinationsCard,
     card("span-6", "Slowest requests", "15 minutes", el("div", {}, parts.slowest)),
     card("span-6", "Last failures", "", parts.failures)));
-  parts.trafficChart = new Chart(parts.traffic, [{ label: "answered", color: "--preprocess", fill: true }, { label: "failed", color: "--bad" }], (v) => `${+v.toFixed(2)}`);
-  parts.latencyChart = new Chart(parts.latency, [{ label: "p50", color: "--preprocess" }, { label: "p99", color: "--deliver" }], ms0, 10);
 }
-
-const ms0 = (value) => (value >= 1000 ? `${+(value / 1000).toFixed(2)} s` : `${Math.round(value)} ms`);
 
 export function showOnCall(root, status) {
   if (!parts) build(root);
   showVerdict(status);
-  showCharts(status.timeline);
+  parts.timeline.show(status.timeline);
   showLevels(status.levels);
   showStages(status.stages);
   showProcesses(status);
@@ -83,16 +76,6 @@ function showVerdict(status) {
 }
 
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".");
-
-function showCharts(timeline) {
-  const length = timeline.ok.length;
-  const xs = timeline.ok.map((_, index) => timeline.end - (length - index - 0.5) * timeline.step_s);
-  const range = [timeline.end - 900, timeline.end];
-  const full = Math.max(1, length - 1); // the last slot still fills
-  const cut = (values) => values.slice(0, full);
-  parts.trafficChart.show(cut(xs), [cut(timeline.ok).map((n) => n / timeline.step_s), cut(timeline.failed).map((n) => n / timeline.step_s)], range);
-  parts.latencyChart.show(cut(xs), [cut(timeline.p50), cut(timeline.p99)], range);
-}
 
 function amount(value, unit) {
   if (unit === "bytes") return bytes(value);
@@ -147,7 +130,9 @@ function showProcesses(status) {
   const minute = Math.floor(status.now / 30);
   show(parts.processes, [status.ranks, status.preparers, minute], () => {
     const rows = [...status.ranks.map((rank) => ["rank", rank]), ...status.preparers.map((one) => ["preparer", one])];
-    return el("table", { class: "cards" }, el("thead", {}, el("tr", {}, ["Process", "State", "PID", "Restarts", "Last loss"].map((name, index) => el("th", index === 4 ? { class: "grow" } : {}, name)))),
+    const devices = status.ranks.some((rank) => rank.memory); // ranks on a CPU have none
+    const heads = ["Process", "State", "PID", ...(devices ? ["Device memory"] : []), "Restarts", "Last loss"];
+    return el("table", { class: "cards" }, el("thead", {}, el("tr", {}, heads.map((name) => el("th", name === "Last loss" ? { class: "grow" } : {}, name)))),
       el("tbody", {}, rows.map(([kind, one]) => {
         const good = ["ready", "idle", "preparing"].includes(one.state);
         const kindOfPill = good ? "good" : ["dead", "waiting"].includes(one.state) ? "bad" : "warn";
@@ -155,6 +140,8 @@ function showProcesses(status) {
         return el("tr", {}, el("td", { class: "nowrap" }, `${kind} ${one.name}`),
           el("td", {}, el("span", { class: `pill ${kindOfPill}` }, one.state)),
           el("td", { class: "soft mono" }, one.pid === null ? "–" : String(one.pid)),
+          devices ? el("td", { class: "nowrap", title: one.memory ? `torch holds ${bytes(one.memory.reserved)}, its tensors ${bytes(one.memory.peak)} at most` : "" },
+            one.memory ? [bytes(one.memory.used), el("span", { class: "faint" }, ` of ${bytes(one.memory.total)}`)] : el("span", { class: "faint" }, "–")) : null,
           el("td", {}, losses.count ? `${losses.count} ${losses.count === 1 ? "restart" : "restarts"}` : el("span", { class: "faint" }, "no restarts")),
           el("td", { class: "wrap whole" }, losses.count ? [`${losses.reason} `, el("span", { class: "faint" }, `${losses.cause}, ${span(status.now - losses.at)} ago`)] : el("span", { class: "faint" }, "–")));
       })));
