@@ -26,6 +26,8 @@ DEADLINE_MARGIN_S = 5.0
 KEEPALIVE_S = 4.0
 SEND_BYTES = 512 * 1024
 
+Transport = Literal["zmq", "nixl"]
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -131,7 +133,7 @@ class EncodeClient:
         num_parts: int = 1,
         part_idx: int = 0,
         timeout_s: float | None = None,
-        transport: Literal["zmq", "nixl"] = "zmq",
+        transport: Transport = "zmq",
     ) -> Delivered:
         """Has the embedding of `media` pushed to `tcp://prefill_host:embedding_port`, an `EmbeddingReceiver`'s address.
 

@@ -15,7 +15,7 @@ from encode_server.client.affinity import item_key
 from encode_server.client.embedding import Embedding, in_order
 from encode_server.client.encoders import Choice, Encoder, Encoders
 from encode_server.client.errors import EncodeServerError, ServerUnreachable
-from encode_server.client.http import EncodeClient
+from encode_server.client.http import EncodeClient, Transport
 from encode_server.client.media import Item, Media
 from encode_server.client.receiver import EmbeddingReceiver
 from encode_server.errors import first_of
@@ -195,10 +195,11 @@ class EncoderPool:
         prefill_host: str,
         embedding_port: int,
         timeout: float | None = None,
+        transport: Transport = "zmq",
     ) -> tuple[ItemInfo, ...]:
         """Have each item's embedding pushed to `tcp://prefill_host:embedding_port`, a part of its own whose `req_id` is
         the item's `uuid`: for a receiver that looks embeddings up by name, such as `encode_server.vllm`'s. It may get
-        one twice."""
+        one twice. `transport`: as for `EncodeClient.push`."""
 
         async def pushed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
             (item,) = attempt.media
@@ -212,6 +213,7 @@ class EncoderPool:
                         embedding_port=embedding_port,
                         req_id=item.uuid,
                         timeout_s=attempt.timeout_s,
+                        transport=transport,
                     )
                     return receipt.items
                 except EncodeServerError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from encode_server.client.encoders import Choice
+from encode_server.client.http import Transport
 from encode_server.delivery.sglang.frames import SGLANG_TIMEOUT_S
 from encode_server.errors import BadRequest, StartupError
 from encode_server.route.fleet import split_url
@@ -26,6 +27,7 @@ class RouteOptions:
 
     engine_url: str | None = None
     engine_receives: str | None = None
+    engine_transport: Transport = "zmq"
     encoder_url: tuple[str, ...] = ()
     encoder_dns: tuple[str, ...] = ()
     protocol: Protocol = "vllm"
@@ -64,6 +66,8 @@ class RouteOptions:
                 raise StartupError("--encoder-url or --encoder-dns is missing: the encode servers, http://HOST:PORT")
         if self.engine_receives is not None and not _is_endpoint(self.engine_receives):
             raise StartupError(f"--engine-receives: got {self.engine_receives!r}, takes HOST:PORT")
+        if self.engine_transport != "zmq" and self.engine_receives is None:
+            raise StartupError("--engine-transport says how embeddings get to --engine-receives, which is missing")
         engine = () if self.engine_url is None else (self.engine_url,)
         for url in (*engine, *self.encoder_url, *self.encoder_dns):
             if not url.startswith(("http://", "https://")):
@@ -114,6 +118,11 @@ def add_route_options(parser: ArgumentParser) -> None:
         "--engine-receives",
         metavar="HOST:PORT",
         help="vllm: where the engine's EncodeServerConnector receives embeddings; none: they go to the encoders' store",
+    )
+    add(
+        "--engine-transport",
+        choices=get_args(Transport),
+        help="vllm: how embeddings get there; nixl: the engine reads encoders' memory (connector option `nixl`)",
     )
     add_list("--encoder-url", "an encode server; sglang: encoders may register themselves as well")
     add_list("--encoder-dns", "http://NAME:PORT, an encode server at each of the name's addresses")

@@ -115,7 +115,13 @@ class VLLMFace:
 
     async def _push(self, items: list[Item], modality: Modality) -> tuple[ItemInfo, ...]:
         host, _, port = (self._receives or "").rpartition(":")
-        return await self._encoders.hand_over(items, modality, prefill_host=host.strip("[]"), embedding_port=int(port))
+        return await self._encoders.hand_over(
+            items,
+            modality,
+            prefill_host=host.strip("[]"),
+            embedding_port=int(port),
+            transport=self._options.engine_transport,
+        )
 
     async def _finds(
         self,

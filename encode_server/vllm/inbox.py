@@ -88,6 +88,7 @@ class Inbox:
         if self._reader is not None and header.memory is not None:
             try:
                 data = self._reader.read(header.memory, part.nbytes)
+                logger.debug("read %s, %d bytes, from the memory of %s", header.req_id, part.nbytes, header.memory.name)
             except ProtocolError as error:
                 logger.warning("an embedding could not be read: %s", error)
                 return

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from encode_server.client import (
     EncodeClient,
+    EncoderPool,
     EncodeServerError,
     Item,
     ItemInfo,
@@ -107,6 +108,12 @@ async def test_push_names_the_destination_and_reports_the_delivery(server: Stand
     assert (server.seen[0]["prefill_host"], server.seen[0]["embedding_port"]) == ("10.0.0.7", 5555)
     assert (delivered.req_id, delivered.dtype, delivered.shape) == ("bfloat16", "bfloat16", (3, 4))
     assert [item.tokens for item in delivered.items] == [1, 2]
+
+
+async def test_items_that_are_handed_over_go_by_the_transport_asked_for(server: StandIn) -> None:
+    async with EncoderPool([server.url]) as pool:
+        await pool.hand_over([Item(b"x", uuid="es-1")], "image", prefill_host="h", embedding_port=9, transport="nixl")
+    assert server.seen[-1]["transport"] == "nixl" and server.seen[-1]["req_id"] == "es-1"
 
 
 async def test_errors_of_the_server_keep_what_it_said(server: StandIn) -> None:

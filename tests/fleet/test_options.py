@@ -6,9 +6,17 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
+from encode_server.errors import StartupError
 from encode_server.route.options import RouteOptions
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "fleet.md"
+
+
+def test_a_transport_without_a_destination_is_refused():
+    with pytest.raises(StartupError, match="--engine-receives"):
+        RouteOptions(engine_url="http://e:1", encoder_url=("http://x:1",), engine_transport="nixl")
 
 
 def test_every_option_is_in_the_table():

@@ -134,8 +134,9 @@ def difference(expected: Answer, got: Answer) -> float:
     return max(abs(a - b) for a, b in zip(expected.logprobs, got.logprobs, strict=True))
 
 
-def test_the_same_answers_as_by_its_own_encoder(bench):
-    with bench.prefill() as prefill:
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_same_answers_as_by_its_own_encoder(bench, tp):
+    with bench.prefill(tp=tp) as prefill:
         prefill.answering("/health")
         with bench.own(prefill) as own:
             own.answering("/health")
@@ -147,22 +148,13 @@ def test_the_same_answers_as_by_its_own_encoder(bench):
         with bench.ours(prefill) as ours:
             prefill.with_encoders(1)
             got = ask_all(prefill)
-            assert prefill.log.read_text().count("RDMA transfers completed") - before == len(QUESTIONS)
+            transfers = prefill.log.read_text().count("RDMA transfers completed") - before
+            assert transfers == tp * len(QUESTIONS), "each rank receives each part once"
             assert_nothing_is_held(ours)
     for name, answer in got.items():
         gap = difference(expected[name], answer)
-        print(f"| {name} | {answer.prompt_tokens} tokens, {answer.logprobs[0]:.4f} …, {gap:.1e} |")
+        print(f"| tp {tp}, {name} | {answer.prompt_tokens} tokens, {answer.logprobs[0]:.4f} …, {gap:.1e} |")
         assert gap < (0.5 if name == "video" else TOLERANCE)
-
-
-def test_two_ranks_each_get_the_embedding(bench):
-    with bench.prefill(tp=2) as prefill:
-        prefill.answering("/health")
-        with bench.ours(prefill) as ours:
-            prefill.with_encoders(1)
-            ask_all(prefill)
-            assert prefill.log.read_text().count("RDMA transfers completed") == 2 * len(QUESTIONS)
-            assert_nothing_is_held(ours)
 
 
 class Killer:

