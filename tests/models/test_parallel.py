@@ -30,6 +30,7 @@ ALL = [
     "qwen2_audio",
     "whisper",
     "siglip",
+    "siglip2",
     "clip",
     "dinov2",
 ]
