@@ -76,7 +76,7 @@ def _received(model: Any, features: Features, items: Sequence[Processed]) -> tup
     """What the language model receives for each item in the prompt that the processor makes; or why that is unknown."""
     try:
         inputs = [cast({**item.prompt, **item.tensors}, model.device, model.dtype) for item in items]
-        with _NothingLeftOver():
+        with _NothingLeftOver():  # type: ignore[no-untyped-call]
             return [features.receive(one, item.token) for one, item in zip(inputs, items, strict=True)], ""
     except Refused:
         raise
@@ -84,7 +84,7 @@ def _received(model: Any, features: Features, items: Sequence[Processed]) -> tup
         return None, f"{type(model).__name__}: {first_line(error)}"
 
 
-class _NothingLeftOver(TorchDispatchMode):
+class _NothingLeftOver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses a model that puts fewer rows into its prompt than its encoder gave: `masked_scatter` ignores the rest.
 
     The rows that the language model receives would then be right, and too few.
