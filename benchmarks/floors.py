@@ -29,6 +29,7 @@ from encode_server.media.unique import UniqueMedia
 from encode_server.media.video import decode_video
 from encode_server.models.encoder import DTYPES, load_encoder
 from encode_server.models.preprocess import Preprocessor
+from encode_server.models.processors import load_part
 from encode_server.models.resolve import open_directory
 from encode_server.models.weights import quiet
 from encode_server.wire.modality import Modality
@@ -101,8 +102,12 @@ class TransformersFloor(Floor):
         copies = list(itertools.islice(itertools.cycle(copies), batch))
         return self._videos(copies) if modality is Modality.VIDEO else self._audio(copies)
 
+    def _part(self, modality: Modality) -> Any:
+        """The checkpoint's processor with the settings that the server's own has."""
+        return load_part(open_directory(self._path), modality)
+
     def _images(self, copies: list[bytes], batch: int) -> Callable[[], int]:
-        processor = transformers.AutoImageProcessor.from_pretrained(self._path)
+        processor = self._part(Modality.IMAGE)
         pictures = [Image.open(io.BytesIO(copy)).convert("RGB") for copy in copies]
         inputs = processor(images=pictures, return_tensors="pt")
         pixels = _repeated(inputs["pixel_values"], len(copies), batch).to(self.device, self._dtype)
@@ -113,7 +118,7 @@ class TransformersFloor(Floor):
         return lambda: _rows(self._model.get_image_features(pixels, grids).pooler_output)
 
     def _videos(self, copies: list[bytes]) -> Callable[[], int]:
-        processor = transformers.AutoVideoProcessor.from_pretrained(self._path)
+        processor = self._part(Modality.VIDEO)
         frames, metadata = _clip(copies[0])
         inputs = processor(videos=[frames] * len(copies), video_metadata=[metadata] * len(copies), return_tensors="pt")
         pixels = inputs["pixel_values_videos"].to(self.device, self._dtype)
@@ -121,7 +126,7 @@ class TransformersFloor(Floor):
         return lambda: _rows(self._model.get_video_features(pixels, grids).pooler_output)
 
     def _audio(self, copies: list[bytes]) -> Callable[[], int]:
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(self._path)
+        extractor = self._part(Modality.AUDIO)
         sounds = [decode_audio(copy, int(extractor.sampling_rate), MediaLimits()) for copy in copies]
         inputs = extractor(
             sounds, sampling_rate=extractor.sampling_rate, return_attention_mask=True, return_tensors="pt"

@@ -276,6 +276,23 @@ def _siglip_headless(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
+def _siglip2(directory: Path) -> None:
+    from transformers import Siglip2Config, Siglip2ImageProcessor, Siglip2Model
+
+    # Patches of 16 and 256 of them: so says the class of the whole processor, whatever the files say.
+    tower = {name: value for name, value in _tower(patch_size=16, num_patches=16).items() if name != "image_size"}
+    config = Siglip2Config(vision_config=tower, text_config=_small_text())
+    _save(Siglip2Model(config), directory, {"image_processor": Siglip2ImageProcessor()})
+
+
+def _metaclip2(directory: Path) -> None:
+    from transformers import CLIPImageProcessor, MetaClip2Config, MetaClip2Model
+
+    config = MetaClip2Config(vision_config=_tower(), text_config=_small_text(), projection_dim=40)
+    processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    _save(MetaClip2Model(config), directory, {"image_processor": processor})
+
+
 def _clip(directory: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -333,6 +350,8 @@ BUILDERS: Mapping[str, Callable[[Path], None]] = {
     "siglip": _siglip,
     "siglip_vision_model": _siglip_vision,
     "siglip_headless": _siglip_headless,
+    "siglip2": _siglip2,
+    "metaclip_2": _metaclip2,
     "clip": _clip,
     "clip_projection": _clip_projection,
     "clip_vision_model": _clip_vision,

@@ -24,6 +24,7 @@ from encode_server.client.receiver import EmbeddingReceiver
 from encode_server.wire.answers import Delivered
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 __all__ = [
     "ClientError",
@@ -39,6 +40,7 @@ __all__ = [
     "ItemInfo",
     "Media",
     "Modality",
+    "Pool",
     "ProtocolError",
     "ReceiverClosed",
     "ServerUnreachable",

@@ -19,6 +19,7 @@ from encode_server.client.passed_on import begin_call, passed_on
 from encode_server.wire.answers import Delivered
 from encode_server.wire.load import CONTENT_HEADER
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 CONNECT_TIMEOUT_S = 5.0
 DEADLINE_MARGIN_S = 5.0
@@ -97,15 +98,18 @@ class EncodeClient:
         req_id: str | None = None,
         num_parts: int = 1,
         part_idx: int = 0,
+        pool: Pool | str | None = None,
         timeout_s: float | None = None,
     ) -> Embedding:
         """The embedding of `media`: [tokens, dim], the rows of all items in order, in the server's dtype.
 
         `req_id`: the request's name, made by the server when None. `num_parts`, `part_idx`: which part of a request
-        this is, when several encoders share it. `timeout_s`: the deadline given to the server, seconds; the client then
-        waits a little longer, so that the server's own answer to a missed deadline arrives.
+        this is, when several encoders share it. `pool`: one vector for each item in place of its rows, so that [items,
+        width] comes back: `mean`, `cls` or `model`. A pool that the model lacks is an `EncodeServerError` with status
+        400. `timeout_s`: the deadline given to the server, seconds; the client then waits a little longer, so that the
+        server's own answer to a missed deadline arrives.
         """
-        fields = _fields(modality, req_id, num_parts, part_idx)
+        fields = _fields(modality, req_id, num_parts, part_idx, pool)
         return from_safetensors(await self._post(media, fields, "application/octet-stream", timeout_s))
 
     async def encode_json(
@@ -116,10 +120,11 @@ class EncodeClient:
         req_id: str | None = None,
         num_parts: int = 1,
         part_idx: int = 0,
+        pool: Pool | str | None = None,
         timeout_s: float | None = None,
     ) -> Embedding:
         """As `encode`, through the JSON answer: a third more bytes, and a copy; for checks and for debugging."""
-        fields = _fields(modality, req_id, num_parts, part_idx)
+        fields = _fields(modality, req_id, num_parts, part_idx, pool)
         return await asyncio.to_thread(from_json, await self._post(media, fields, "application/json", timeout_s))
 
     async def push(
@@ -132,6 +137,7 @@ class EncodeClient:
         req_id: str,
         num_parts: int = 1,
         part_idx: int = 0,
+        pool: Pool | str | None = None,
         timeout_s: float | None = None,
         transport: Transport = "zmq",
     ) -> Delivered:
@@ -141,7 +147,7 @@ class EncodeClient:
         embedding out of the server's memory; a server without NIXL pushes it as usual. The other arguments are those
         of `encode`.
         """
-        fields = _fields(modality, req_id, num_parts, part_idx)
+        fields = _fields(modality, req_id, num_parts, part_idx, pool)
         to: dict[str, object] = {
             "prefill_host": prefill_host,
             "embedding_port": embedding_port,
@@ -170,11 +176,12 @@ class EncodeClient:
         modality: Modality | str,
         *,
         req_id: str | None = None,
+        pool: Pool | str | None = None,
         timeout_s: float | None = None,
     ) -> Delivered:
         """Has `media` encoded into the server's cache, for a request that will ask for the same media. The answer
         describes the embedding without holding it. The arguments are those of `encode`."""
-        return await self._deliver(media, _fields(modality, req_id) | {"delivery": "cache"}, timeout_s)
+        return await self._deliver(media, _fields(modality, req_id, pool=pool) | {"delivery": "cache"}, timeout_s)
 
     async def health(self, *, timeout: float = 5.0) -> Health:
         """What `/health` says within `timeout` seconds. A sick or loading server (503) is an answer, not an error."""
@@ -241,8 +248,20 @@ class EncodeClient:
                 raise ServerUnreachable(message, connected=connected) from exc
 
 
-def _fields(modality: Modality | str, req_id: str | None, num_parts: int = 1, part_idx: int = 0) -> dict[str, object]:
-    return {"modality": str(modality), "req_id": req_id, "num_parts": num_parts, "part_idx": part_idx}
+def _fields(
+    modality: Modality | str,
+    req_id: str | None,
+    num_parts: int = 1,
+    part_idx: int = 0,
+    pool: Pool | str | None = None,
+) -> dict[str, object]:
+    return {
+        "modality": str(modality),
+        "req_id": req_id,
+        "num_parts": num_parts,
+        "part_idx": part_idx,
+        "pool": None if pool is None else str(pool),
+    }
 
 
 async def _sent(pieces: Sequence[Piece]) -> AsyncIterator[bytes]:

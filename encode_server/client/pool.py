@@ -21,6 +21,7 @@ from encode_server.client.receiver import EmbeddingReceiver
 from encode_server.errors import first_of
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import Pool
 
 T = TypeVar("T")
 
@@ -132,18 +133,22 @@ class EncoderPool:
         modality: Modality | str,
         *,
         req_id: str | None = None,
+        pool: Pool | str | None = None,
         timeout: float | None = None,
     ) -> Embedding:
-        """The embedding of `media`, its rows in their order, whichever encoders made them."""
+        """The embedding of `media`, its rows in their order, whichever encoders made them.
+
+        `pool`: one vector for each item, see `EncodeClient.encode`.
+        """
         req_id = req_id or uuid.uuid4().hex
 
         async def answered(attempt: _Attempt) -> Embedding:
             return await attempt.client.encode(
-                attempt.media, modality, req_id=attempt.name, timeout_s=attempt.timeout_s
+                attempt.media, modality, req_id=attempt.name, pool=pool, timeout_s=attempt.timeout_s
             )
 
         async def pushed(attempt: _Attempt) -> Embedding:
-            return await self._pushed(attempt, modality)
+            return await self._pushed(attempt, modality, pool)
 
         parts = await self._spread(media, req_id, timeout, answered if self._receiver is None else pushed)
         return await in_order(req_id, [(part.indices, part.result) for part in parts])
@@ -172,6 +177,7 @@ class EncoderPool:
         modality: Modality | str,
         *,
         req_id: str | None = None,
+        pool: Pool | str | None = None,
         timeout: float | None = None,
     ) -> tuple[ItemInfo, ...]:
         """Have the items encoded into the cache of the encoder that a request for the same items will be sent to later
@@ -179,7 +185,7 @@ class EncoderPool:
 
         async def warmed(attempt: _Attempt) -> tuple[ItemInfo, ...]:
             receipt = await attempt.client.warm(
-                attempt.media, modality, req_id=attempt.name, timeout_s=attempt.timeout_s
+                attempt.media, modality, req_id=attempt.name, pool=pool, timeout_s=attempt.timeout_s
             )
             return receipt.items
 
@@ -295,7 +301,7 @@ class EncoderPool:
         self._encoders.suspect(encoder)
         return not isinstance(error, ServerUnreachable) or error.connected
 
-    async def _pushed(self, attempt: _Attempt, modality: Modality | str) -> Embedding:
+    async def _pushed(self, attempt: _Attempt, modality: Modality | str, pool: Pool | str | None) -> Embedding:
         receiver = self._receiver
         assert receiver is not None
         arrival = asyncio.create_task(receiver.receive(attempt.name, timeout=attempt.timeout_s + ARRIVAL_S))
@@ -307,6 +313,7 @@ class EncoderPool:
                     prefill_host=self._advertise or receiver.host,
                     embedding_port=receiver.port,
                     req_id=attempt.name,
+                    pool=pool,
                     timeout_s=attempt.timeout_s,
                 )
             except ServerUnreachable:

@@ -176,7 +176,7 @@ class Preprocessor:
         if low is None and high is None:
             return {}
         if not self._family.sizes_freely(processor):
-            raise BadRequest("min_pixels and max_pixels do not apply: this model's images have one fixed size")
+            raise BadRequest("min_pixels and max_pixels do not apply: the model's own processor chooses the size")
         if low is None:
             low = min(int(processor.size["shortest_edge"]), high) if high is not None else None
         if high is None:

@@ -100,8 +100,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "siglip": Architecture("image_towers:Siglip", "siglip", _IMAGE_ONLY, _vision("vision_config"), _SIGLIP_WEIGHTS),
     "siglip_vision_model": Architecture("image_towers:Siglip", "siglip", _IMAGE_ONLY, _vision(), _SIGLIP_WEIGHTS),
+    "siglip2": Architecture("image_towers:Siglip2", "siglip2", _IMAGE_ONLY, _vision("vision_config"), _SIGLIP_WEIGHTS),
+    "siglip2_vision_model": Architecture("image_towers:Siglip2", "siglip2", _IMAGE_ONLY, _vision(), _SIGLIP_WEIGHTS),
     "clip": Architecture("image_towers:Clip", "clip", _IMAGE_ONLY, _vision("vision_config"), _CLIP_WEIGHTS),
     "clip_vision_model": Architecture("image_towers:Clip", "clip", _IMAGE_ONLY, _vision(), _CLIP_WEIGHTS),
+    "metaclip_2": Architecture(
+        "image_towers:MetaClip2", "metaclip_2", _IMAGE_ONLY, _vision("vision_config"), _CLIP_WEIGHTS
+    ),
+    "metaclip_2_vision_model": Architecture(
+        "image_towers:MetaClip2", "metaclip_2", _IMAGE_ONLY, _vision(), _CLIP_WEIGHTS
+    ),
     "dinov2": Architecture(
         "image_towers:Dinov2",
         "dinov2",

@@ -57,6 +57,7 @@ REFUSED: Mapping[str, Mapping[Modality, str]] = MappingProxyType(
 SURVEYED: Mapping[str, Mapping[Modality, Batching]] = MappingProxyType(
     {
         "audioflamingo3": {AUDIO: PADDED},
+        "blip-2": {IMAGE: PADDED},
         "cosmos3_edge": {IMAGE: PADDED, VIDEO: PADDED},
         "exaone4_5": {IMAGE: PADDED, VIDEO: PADDED},
         "glmasr": {AUDIO: PADDED},
@@ -73,6 +74,7 @@ SURVEYED: Mapping[str, Mapping[Modality, Batching]] = MappingProxyType(
         "minicpmv4_7": {IMAGE: Batching.ALONE, VIDEO: Batching.ALONE},
         "moss_transcribe_diarize": {AUDIO: PADDED},
         "qianfan_ocr": {IMAGE: PADDED},
+        "t5gemma2": {IMAGE: PADDED},
         "video_llama_3": {IMAGE: PADDED, VIDEO: PADDED},
         "video_llava": {IMAGE: PADDED, VIDEO: EQUAL},
         "vipllava": {IMAGE: PADDED},
@@ -83,9 +85,9 @@ what is checked when a checkpoint is loaded."""
 
 NOTHING_RECEIVES = frozenset(
     (
-        *("aimv2", "altclip", "blip", "chinese_clip", "clap", "clipseg", "flava", "groupvit", "metaclip_2"),
+        *("aimv2", "altclip", "blip", "chinese_clip", "clap", "clipseg", "flava", "groupvit"),
         *("nemotron3_5_asr", "nemotron_asr_streaming", "owlv2", "owlvit", "parakeet_rnnt", "parakeet_tdt"),
-        *("sam2", "sam2_video", "sam3_tracker", "siglip2", "videoprism"),
+        *("sam2", "sam2_video", "sam3_tracker", "videoprism"),
     )
 )
 """Families whose configurations name no token that media take the place of: nothing says which rows are right."""

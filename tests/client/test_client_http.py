@@ -25,6 +25,7 @@ from encode_server.client import (
     ItemInfo,
     Media,
     Modality,
+    Pool,
     ProtocolError,
     ServerUnreachable,
 )
@@ -79,6 +80,17 @@ async def test_media_of_every_kind_reaches_the_server(server: StandIn, tmp_path:
     assert [base64.b64decode(item, validate=True) for item in items[1:4]] == [b"small", large, large[:-1]]
     assert items[4] == {"url": base64.b64encode(b"x").decode(), "max_pixels": 99, "content_hash": "sha256:00"}
     assert server.headers[0]["authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("pool", ["mean", Pool.MODEL])
+async def test_one_vector_for_an_item_is_asked_for_by_name(server: StandIn, pool: Pool | str) -> None:
+    async with EncodeClient(server.url) as client:
+        await client.encode([PNG], "image", pool=pool)
+        await client.encode_json([PNG], "image", pool=pool)
+        await client.push([PNG], "image", prefill_host="10.0.0.7", embedding_port=5555, req_id="r", pool=pool)
+        await client.encode([PNG], "image")
+    assert [body.get("pool") for body in server.seen] == [str(pool)] * 3 + [None]
+    assert "pool" not in server.seen[-1]
 
 
 async def test_a_balancer_can_tell_the_same_media_from_other_media(server: StandIn) -> None:

@@ -25,6 +25,8 @@ _CLASSES = {
     "whisper": "WhisperForConditionalGeneration",
     "siglip": "SiglipModel",
     "siglip_vision_model": "SiglipVisionModel",
+    "siglip2": "Siglip2Model",
+    "metaclip_2": "MetaClip2Model",
     "clip": "CLIPModel",
     "clip_vision_model": "CLIPVisionModel",
     "dinov2": "Dinov2Model",
@@ -45,7 +47,9 @@ class Reference:
         inputs = image_inputs(self.path, picture)
         if not self.name.startswith("qwen"):
             tower = getattr(self.model, "vision_model", self.model)
-            return tower(inputs["pixel_values"]).last_hidden_state[0]
+            rows = tower(**inputs).last_hidden_state[0]
+            # SigLIP 2 pads every image to one number of patches; rows of padding mean nothing.
+            return rows[inputs["pixel_attention_mask"][0].bool()] if "pixel_attention_mask" in inputs else rows
         return _levels(self.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]))
 
     @torch.inference_mode()

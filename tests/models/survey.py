@@ -38,12 +38,16 @@ _SIZES = {
     "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 16, "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "index_head_dim": 8,
     "index_n_heads": 2, "first_k_dense_replace": 1, "max_position_embeddings": 4096, "cross_attention_hidden_size": 64,
+    "mm_tokens_per_image": 49,
     "qformer_hidden_size": 64, "downsample_hidden_size": 16, "num_mel_bins": 80, "conv_channels": 16,
 }  # fmt: skip
 """What settings of these names become, where they are larger."""
 
 _PROCESSORS = {"glm_ocr": "Glm46VProcessor", "glmga": "Glm46VProcessor"}
 """Of types that transformers' own table leaves out, because checkpoints name them."""
+
+_UNNAMED = {"blip-2": ("image_token",)}
+"""Special tokens that a type's processor adds itself to a tokenizer that does not name them."""
 
 _LAYERS = ("layer_types", "mlp_layer_types", "block_types")
 _PLACEHOLDERS = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
@@ -102,7 +106,8 @@ def build(model_type: str, directory: Path) -> None:
                 owner[name] = own
             elif kind is not None:
                 own = getattr(made, f"{kind}_token_id", None)
-                owner[name] = own if isinstance(own, int) else ids[_PLACEHOLDERS[kind]]
+                # Gemma 3's processor calls the token that begins an image by that name.
+                owner[name] = own if isinstance(own, int) and own != ids["<boi>"] else ids[_PLACEHOLDERS[kind]]
             elif isinstance(value, int) and value >= 500:
                 owner[name] = 1
     config = CONFIG_MAPPING[model_type].from_dict(content)
@@ -134,7 +139,7 @@ def processor(model_type: str, config: dict[str, Any], tr: Any) -> Any:
         name = name if isinstance(name, str) else next(one for one in name if one)
         return getattr(tr, name)()
 
-    named = dict(_NAMED)
+    named = {name: token for name, token in _NAMED.items() if name not in _UNNAMED.get(model_type, ())}
     for spare in range(12):
         parts: dict[str, Any] = {}
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
@@ -148,6 +153,10 @@ def processor(model_type: str, config: dict[str, Any], tr: Any) -> Any:
                 parts[name] = _tokenizer(named, _written_in(cls))
             elif name in named and (isinstance(parameter.default, str) or parameter.default is None):
                 parts[name] = named[name]
+            elif name == "image_seq_length" and isinstance(count := _find(config, "mm_tokens_per_image"), int):
+                parts[name] = count
+            elif name == "num_query_tokens":
+                parts[name] = config[name]
             elif name == "patch_size" and isinstance(size := _find(config, "patch_size"), int):
                 parts[name] = size
         try:

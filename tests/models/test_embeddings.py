@@ -19,7 +19,7 @@ from tests.models.reference import Reference, video_inputs
 
 TOLERANCE = 1e-4
 SEEING = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_wide", "qwen3_vl", "qwen2_5_omni_thinker"]
-STILL = ["siglip", "siglip_vision_model", "clip", "clip_vision_model", "dinov2"]
+STILL = ["siglip", "siglip_vision_model", "siglip2", "clip", "clip_vision_model", "metaclip_2", "dinov2"]
 HEARING = ["qwen2_5_omni_thinker", "qwen2_audio", "whisper"]
 SIZES = [(300, 420), (32, 32), (97, 333), (250, 250)]
 """Height, width: above and below one 112 px window, and no multiple of a window or patch."""

@@ -16,7 +16,10 @@ from encode_server.models.parallel import cut, shard
 from encode_server.models.preprocess import Preprocessor
 from encode_server.models.resolve import resolve
 from encode_server.models.structure import Block
+from encode_server.pipeline.pooling import pooled
+from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
+from encode_server.wire.pools import POOLED, Pool
 from tests.checkpoints import Checkpoints
 from tests.models import samples
 from tests.models.ranks import Jobs, encode_with_ranks
@@ -30,9 +33,12 @@ ALL = [
     "qwen2_audio",
     "whisper",
     "siglip",
+    "siglip2",
     "clip",
     "dinov2",
 ]
+VECTORS = {"siglip", "siglip2", "clip", "dinov2"}
+"""Models that make a vector of their own for an item, with weights that only the vector needs."""
 MEDIA = {
     Modality.IMAGE: [samples.png(140, 260), samples.png(90, 90, seed=1)],
     Modality.VIDEO: [samples.clip(5, 64, 100)],
@@ -48,7 +54,11 @@ def _jobs(checkpoints: Checkpoints, names: list[str]) -> Jobs:
         jobs[name] = (
             path,
             {
-                modality: [preprocessor.prepare(modality, data).tensors for data in MEDIA[modality]]
+                modality: [
+                    preprocessor.prepare(modality, data, ItemOptions(pool=pool)).tensors
+                    for pool in ((None, Pool.MODEL) if name in VECTORS else (None,))
+                    for data in MEDIA[modality]
+                ]
                 for modality in preprocessor.modalities
             },
         )
@@ -68,10 +78,21 @@ def test_ranks_agree_with_a_single_process(
     for name, (path, batches) in jobs.items():
         whole = load_encoder(str(path), device="cpu", dtype="float32", rank=0, world=1)
         for modality, items in batches.items():
+            assert any(POOLED in item for item in items) == (name in VECTORS)
             for index, want in enumerate(whole.forward(modality, items)):
+                assert (want.shape[0] == 1) == (POOLED in items[index])
                 for outputs in ranks:
                     got = outputs[f"{name}/{modality}/{index}"]
                     torch.testing.assert_close(got, want, atol=1e-4, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+                    for pool in (Pool.MEAN, Pool.CLS):
+                        vectors = [_pooled(rows, pool) for rows in (got, want)]
+                        torch.testing.assert_close(*vectors, atol=1e-4, rtol=0)
+
+
+def _pooled(rows: torch.Tensor, pool: Pool) -> torch.Tensor:
+    """What the front makes of the rows that a rank gave."""
+    vector = pooled(memoryview(rows.numpy().tobytes()), "float32", rows.shape[1], pool)
+    return torch.frombuffer(bytearray(vector), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", ALL)

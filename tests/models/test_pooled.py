@@ -21,6 +21,8 @@ IMAGE = Modality.IMAGE
 SIZES = [(70, 123), (56, 56), (200, 90)]
 CLASSES = {
     "siglip": "SiglipModel",
+    "siglip2": "Siglip2Model",
+    "metaclip_2": "MetaClip2Model",
     "clip": "CLIPModel",
     "siglip_vision_model": "SiglipVisionModel",
     "clip_vision_model": "CLIPVisionModel",
@@ -34,12 +36,12 @@ def _expected(path: object, name: str) -> list[torch.Tensor]:
     model = getattr(transformers, CLASSES[name]).from_pretrained(path, dtype=torch.float32).eval()
     vectors = []
     for seed, size in enumerate(SIZES):
-        pixels = image_inputs(path, samples.pixels(*size, seed))["pixel_values"]
+        inputs = image_inputs(path, samples.pixels(*size, seed))
         if hasattr(model, "get_image_features"):
-            output = model.get_image_features(pixels)
+            output = model.get_image_features(**inputs)
             vectors.append(getattr(output, "pooler_output", output))
         else:
-            output = model(pixels)
+            output = model(**inputs)
             vectors.append(output.image_embeds if name == "clip_projection" else output.pooler_output)
     return vectors
 
@@ -55,11 +57,11 @@ def test_the_models_own_vector_equals_transformers(checkpoints: Checkpoints, nam
     # Rows and vectors of the same images in one batch.
     mixed = [plain[0].tensors, *[item.tensors for item in marked], plain[1].tensors]
     first, *vectors, last = encoder.forward(IMAGE, mixed)
-    for want, vector, item in zip(_expected(path, name), vectors, marked, strict=True):
+    for want, vector, item, rows in zip(_expected(path, name), vectors, marked, plain, strict=True):
         assert want.std() > 0.01, "the vector is too flat to show an error"
         assert vector.shape == want.shape == (item.tokens, encoder.info.pooled[IMAGE]) == (1, want.shape[1])
         torch.testing.assert_close(vector, want, atol=1e-4, rtol=1e-5)
-        assert item.extra["pooled_tokens"] == plain[0].tokens
+        assert item.extra["pooled_tokens"] == rows.tokens
     for rows, item in ((first, plain[0]), (last, plain[1])):
         torch.testing.assert_close(rows, encoder.forward(IMAGE, [item.tensors])[0])
     assert Pool.MODEL in encoder.info.pools(IMAGE)

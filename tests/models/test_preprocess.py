@@ -207,7 +207,7 @@ def test_errors_are_the_callers(
 
 
 def test_pixel_bounds_mean_nothing_to_a_tower_of_one_size(checkpoints: Checkpoints) -> None:
-    with pytest.raises(BadRequest, match="one fixed size"):
+    with pytest.raises(BadRequest, match="own processor chooses the size"):
         _preprocessor(checkpoints, "siglip").prepare(Modality.IMAGE, samples.png(9, 9), ItemOptions(max_pixels=99))
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.numpy import load as load_safetensors
 
-from encode_server.client import EmbeddingReceiver
+from encode_server.client import EmbeddingReceiver, EncodeClient, EncoderPool, EncodeServerError
 from tests.checkpoints import Checkpoints
 from tests.live import LiveServer
 from tests.models import samples
@@ -34,17 +34,21 @@ def clip(clip_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(clip_path):
+    return _expected(clip_path, (0, 1))
+
+
+def _expected(clip_path, seeds):
     """What transformers' CLIP makes of two images: its vectors, and its last hidden states."""
     model = transformers.CLIPModel.from_pretrained(clip_path, dtype=torch.float32).eval()
     with torch.inference_mode():
-        pixels = [image_inputs(clip_path, samples.pixels(60, 90, seed))["pixel_values"] for seed in (0, 1)]
+        pixels = [image_inputs(clip_path, samples.pixels(60, 90, seed))["pixel_values"] for seed in seeds]
         outputs = [model.get_image_features(one) for one in pixels]
     rows = [output.last_hidden_state[0].numpy() for output in outputs]
     return np.concatenate([output.pooler_output.numpy() for output in outputs]), rows
 
 
-def _uris() -> list[str]:
-    pngs = [samples.png(60, 90, seed=seed) for seed in (0, 1)]
+def _uris(seeds=(0, 1)) -> list[str]:
+    pngs = [samples.png(60, 90, seed=seed) for seed in seeds]
     return ["data:image/png;base64," + base64.b64encode(png).decode() for png in pngs]
 
 
@@ -54,6 +58,36 @@ def _close(values: np.ndarray, want: np.ndarray) -> bool:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_the_client_asks_for_vectors_from_several_encoders(clip, clip_path, pushed):
+    seeds = (2, 3)  # images of its own: other tests look at what is cached
+    vectors, rows = _expected(clip_path, seeds)
+    want = {"model": vectors, "mean": np.stack([r.mean(axis=0) for r in rows])}
+
+    async def ask(pool):
+        async with (
+            EmbeddingReceiver() as receiver,
+            EncoderPool([clip.base_url], receiver=receiver if pushed else None) as encoders,
+        ):
+            await encoders.warm(_uris(seeds), "image", pool=pool)
+            return await encoders.encode(_uris(seeds), "image", pool=pool)
+
+    for pool, values in want.items():
+        embedding = asyncio.run(ask(pool))
+        assert _close(embedding.numpy(), values)
+        assert [(item.tokens, item.cached) for item in embedding.items] == [(1, True)] * 2
+
+
+def test_the_client_is_told_of_a_vector_that_the_model_lacks(clip):
+    async def ask():
+        async with EncodeClient(clip.base_url) as client:
+            await client.encode(_uris(), "image", pool="median")
+
+    with pytest.raises(EncodeServerError) as caught:
+        asyncio.run(ask())
+    assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("pool", ["model", "cls", "mean"])

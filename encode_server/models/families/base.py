@@ -104,7 +104,8 @@ class Family(ABC):
         return None
 
     def sizes_freely(self, processor: Any) -> bool:
-        """Whether `min_pixels` and `max_pixels` mean something: false for towers of one fixed size."""
+        """Whether `min_pixels` and `max_pixels` mean something: false where the processor alone
+        chooses the size of images."""
         return True
 
     def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:

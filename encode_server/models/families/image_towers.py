@@ -1,4 +1,7 @@
-"""Image towers that stand alone: SigLIP, CLIP, DINOv2. The embedding is the last hidden state, or one vector."""
+"""Image towers that stand alone: SigLIP, CLIP, their successors, DINOv2.
+
+The embedding is the last hidden state, or one vector.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,13 @@ class ImageTower(Family):
             by_shape.setdefault(item["pixel_values"].shape, []).append(index)
         embeddings: dict[int, torch.Tensor] = {}
         for indices in by_shape.values():
-            pixels = stack([items[index] for index in indices], "pixel_values", device, model.dtype)
-            embeddings.update(zip(indices, read(model(pixels, return_dict=True)), strict=True))
+            output = self.run(model, [items[index] for index in indices], device)
+            embeddings.update(zip(indices, read(output), strict=True))
         return [embeddings[index] for index in range(len(items))]
+
+    def run(self, model: Any, items: Sequence[Item], device: torch.device) -> Any:
+        """The tower's output for items of one shape."""
+        return model(stack(items, "pixel_values", device, model.dtype), return_dict=True)
 
     def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
         pixels = processor(images=[image], return_tensors="pt", **options)["pixel_values"][0].contiguous()
@@ -88,15 +95,19 @@ class Clip(ImageTower):
 
         return CLIPVisionConfig.from_dict(self.vision_part())
 
-    def model_class(self) -> tuple[Any, Any]:
+    def tower_class(self) -> Any:
+        """transformers' class of the tower alone."""
         from transformers.models.clip.modeling_clip import CLIPVisionModel
 
+        return CLIPVisionModel
+
+    def model_class(self) -> tuple[Any, Any]:
         config = self.config()
         if not self.holds("visual_projection.weight"):
-            return CLIPVisionModel, config
+            return self.tower_class(), config
         # Of the whole model where the checkpoint is one, whose vision part may say another width.
         config.projection_dim = self.checkpoint.config.get("projection_dim", config.projection_dim)
-        return _projected(CLIPVisionModel), config
+        return _projected(self.tower_class()), config
 
     def pooled_dims(self, model: Any) -> dict[Modality, int]:
         projects = hasattr(model, "visual_projection")
@@ -105,6 +116,20 @@ class Clip(ImageTower):
     def vectors(self, model: Any, output: Any) -> torch.Tensor:
         vectors: torch.Tensor = output.pooler_output
         return model.visual_projection(vectors) if hasattr(model, "visual_projection") else vectors
+
+
+class MetaClip2(Clip):
+    """MetaCLIP 2's vision tower: CLIP's under other names."""
+
+    def config(self) -> Any:
+        from transformers.models.metaclip_2.configuration_metaclip_2 import MetaClip2VisionConfig
+
+        return MetaClip2VisionConfig.from_dict(self.vision_part())
+
+    def tower_class(self) -> Any:
+        from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
+
+        return MetaClip2VisionModel
 
 
 class Siglip(ImageTower):
@@ -118,12 +143,16 @@ class Siglip(ImageTower):
 
         return SiglipVisionConfig.from_dict(self.vision_part())
 
-    def model_class(self) -> tuple[Any, Any]:
+    def tower_class(self) -> Any:
+        """transformers' class of the tower alone."""
         from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 
+        return SiglipVisionModel
+
+    def model_class(self) -> tuple[Any, Any]:
         config = self.config()
         config.vision_use_head = self.holds("head.probe")
-        return SiglipVisionModel, config
+        return self.tower_class(), config
 
     def load(self, dtype: torch.dtype) -> nn.Module:
         model = super().load(dtype)
@@ -137,6 +166,44 @@ class Siglip(ImageTower):
     def vectors(self, model: Any, output: Any) -> torch.Tensor:
         vectors: torch.Tensor = _tower(model).head(output.last_hidden_state)
         return vectors
+
+
+class Siglip2(Siglip):
+    """SigLIP 2's tower for images of any shape (NaFlex). A row is a patch of the image; padding has none.
+
+    Released checkpoints of a fixed image size say that they are SigLIP, and are.
+    """
+
+    def config(self) -> Any:
+        from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
+
+        return Siglip2VisionConfig.from_dict(self.vision_part())
+
+    def tower_class(self) -> Any:
+        from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+
+        return Siglip2VisionModel
+
+    def run(self, model: Any, items: Sequence[Item], device: torch.device) -> Any:
+        pixels = stack(items, "pixel_values", device, model.dtype)
+        # All images of this call have the same number of patches: nothing is padded, so there is no mask. The tower
+        # reads the shapes on the CPU.
+        shapes = torch.stack([item["spatial_shapes"] for item in items])
+        return model(pixels, pixel_attention_mask=None, spatial_shapes=shapes, return_dict=True)
+
+    def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
+        output = processor(images=[image], return_tensors="pt", **options)
+        shape = output["spatial_shapes"][0]
+        height, width = map(int, shape)
+        tokens = height * width
+        pixels = output["pixel_values"][0, :tokens].contiguous()
+        return Prepared(
+            tensors={"pixel_values": pixels, "spatial_shapes": shape.contiguous()},
+            tokens=tokens,
+            cost=tokens,
+            pairs=tokens * tokens,
+            grid_thw=(1, height, width),
+        )
 
 
 class Dinov2(ImageTower):

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from encode_server.errors import first_line
 from encode_server.models.generic.classes import ModelClass
@@ -75,9 +76,29 @@ def _received(model: Any, features: Features, items: Sequence[Processed]) -> tup
     """What the language model receives for each item in the prompt that the processor makes; or why that is unknown."""
     try:
         inputs = [cast({**item.prompt, **item.tensors}, model.device, model.dtype) for item in items]
-        return [features.receive(one, item.token) for one, item in zip(inputs, items, strict=True)], ""
+        with _NothingLeftOver():  # type: ignore[no-untyped-call]
+            return [features.receive(one, item.token) for one, item in zip(inputs, items, strict=True)], ""
+    except Refused:
+        raise
     except Exception as error:
         return None, f"{type(model).__name__}: {first_line(error)}"
+
+
+class _NothingLeftOver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses a model that puts fewer rows into its prompt than its encoder gave: `masked_scatter` ignores the rest.
+
+    The rows that the language model receives would then be right, and too few.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.masked_scatter, torch.ops.aten.masked_scatter_):
+            target, mask, source = args
+            there, dim = int(mask.expand_as(target).sum()), target.shape[-1]
+            if there < source.numel():
+                raise Refused(
+                    f"the encoder gives {source.numel() // dim} rows, and the processor makes room for {there // dim}"
+                )
+        return func(*args, **kwargs or {})
 
 
 def _route(

@@ -93,7 +93,7 @@ def _receiving(found: ModelClass, checkpoint: Checkpoint) -> ModelClass:
         raise StartupError(
             f"model {checkpoint.name!r}: model_type {checkpoint.model_type!r} is not supported; the configuration of "
             f"{found.cls.__name__} names no token that an image, video or audio takes the place of, so that no rows of "
-            "it can be checked (of models that compare images with text, CLIP and SigLIP are supported)"
+            "it can be checked (CLIP, SigLIP and their successors are supported)"
         )
     return found
 

@@ -132,7 +132,8 @@ class MediaProcessor:
         if modality is Modality.VIDEO:
             # Some processors need the metadata for the prompt, and leave it to their callers to ask for them.
             attempts += [(text, {"return_metadata": True}) for text, _ in attempts]
-        attempts.append((None, {}))
+        # Processors that make the prompt themselves, or put the placeholders before any text.
+        attempts += [(None, {}), ("", {})]
         if (worked := self._worked.get(modality)) is not None:
             attempts.insert(0, worked)
         return attempts

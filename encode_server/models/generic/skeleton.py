@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ class NoLanguageModel(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The first part of an encoder-decoder language model, where its rows arrive."""
+        return self
+
     def get_per_layer_inputs(self, *_: Any, **__: Any) -> None:
         """Gemma's second embedding of text tokens; media have none."""
 
@@ -94,8 +100,10 @@ def skeleton(found: ModelClass) -> nn.Module:
 
 
 def _strip(model: Any) -> None:
+    names = {id(module): name for name, module in model.named_modules()}
     decoder = model.get_decoder()
-    if decoder is None or decoder is model or _is_encoder_decoder(model):
+    parts = _language_parts(model, decoder, names)
+    if not parts:
         return
     head = model.get_output_embeddings()
     try:
@@ -103,15 +111,34 @@ def _strip(model: Any) -> None:
     except NotImplementedError:
         table = model.get_input_embeddings()
     width = int(table.weight.shape[-1])
-    names = {id(module): name for name, module in model.named_modules()}
-    if head is not None and id(head) in names:
+    with torch.device("meta" if decoder_is_meta(decoder) else "cpu"):
+        for name, part in parts.items():
+            model.set_submodule(name, NoLanguageModel(part.config, width))
+    if head is not None and id(head) in names and not any(names[id(head)].startswith(f"{name}.") for name in parts):
         model.set_submodule(names[id(head)], nn.Identity())
-    name = names.get(id(decoder))
+    left = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
+    model.all_tied_weights_keys = {
+        target: source for target, source in model.all_tied_weights_keys.items() if {target, source} <= left
+    }
+
+
+def _language_parts(model: Any, decoder: Any, names: Mapping[int, str]) -> dict[str, Any]:
+    """The modules that make up the language model, by name; none where the language model cannot be told apart.
+
+    `names`: of the modules of `model` by their id.
+    """
+    name = names.get(id(decoder), "") if decoder is not None else ""
     if not name:
-        return
-    with torch.device("cpu") if not decoder_is_meta(decoder) else torch.device("meta"):
-        replacement = NoLanguageModel(decoder.config, width)
-    model.set_submodule(name, replacement)
+        return {}
+    if not _is_encoder_decoder(model):
+        return {name: decoder}
+    # An encoder-decoder language model receives the rows in its own encoder, the module that holds the word table.
+    table = names.get(id(model.get_input_embeddings()), "")
+    if table.startswith(f"{name}."):
+        return {name: decoder}
+    if not (encoder := table.rpartition(".")[0]):
+        return {}
+    return {encoder: model.get_submodule(encoder), name: decoder}
 
 
 def decoder_is_meta(decoder: nn.Module) -> bool:
