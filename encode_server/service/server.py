@@ -443,6 +443,7 @@ class Server:
             threads=-(-settings.preproc_workers // processes),
             memory_bytes=settings.preproc_memory_mb << 20,
             arena_bytes=self.arena.size,
+            device=settings.preproc_device,
         )
         return PreparerSpec(processes, setup.threads, settings.decode_s, setup)
 
