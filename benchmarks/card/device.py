@@ -275,17 +275,8 @@ def emulated(*, values: bool = True, capability: tuple[int, int] = (9, 0)) -> It
         device.pinned.append(range(address, address + size))
         return 0
 
-    real_tensor = torch.tensor
-
-    def tensor(data: Any, **options: Any) -> torch.Tensor:
-        """As `torch.tensor`, which reads scalars of the device in a list past every mode. Each of them is a wait."""
-        if isinstance(data, list | tuple):
-            data = tree_map(lambda value: value.item() if on_device(value) else value, data)
-        return real_tensor(data, **options)
-
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda address: 0)
     replaced = {
-        "torch.tensor": tensor,
         "torch.cuda._lazy_init": lambda: None,
         "torch.cuda.get_device_capability": lambda device=None: capability,
         "torch.cuda.current_stream": streams.current,

@@ -11,7 +11,7 @@ from benchmarks.card.device import emulated
 from encode_server.models.encoder import load_encoder
 from encode_server.models.inspect import inspect
 from encode_server.wire.modality import Modality
-from tests.cuda.ward import batches, relative_error
+from tests.cuda.ward import batches, on_a_cpu, relative_error
 from tests.models.families.builders import write
 
 _GRIDS = {
@@ -29,19 +29,12 @@ WAITS = {
         "transformers/vision_utils.py:get_vision_interpolation_indices_and_weights",
         "transformers/models/qwen3_5/modeling_qwen3_5.py:get_image_features",
     },
-    "qwen3_asr": {
-        "transformers/models/qwen3_asr/modeling_qwen3_asr.py:get_audio_cu_seqlens",
-        "transformers/models/qwen3_asr/modeling_qwen3_asr.py:forward",
-        "transformers/utils/generic.py:get_max_seqlen",
-        "encode_server/models/attention.py:layout_of",
-    },
 }
-"""The functions that may make the host wait during a forward. A family of this server's own may not wait at all."""
+"""The functions that may make the host wait during a forward. A family of this server's own may not wait at all.
 
-
-WINDOWS = 3
-"""Segments of the audio below, in the two items together; each image is one segment. The emulation counts the reading
-of each length as a wait."""
+`qwen3_asr` is missing: its code gives `torch.tensor` a list that holds scalars of the device, which torch reads past the
+emulation, in search of a driver. A real device copies each of them to the host.
+"""
 
 
 @pytest.mark.slow
@@ -49,15 +42,13 @@ of each length as a wait."""
 def test_the_host_waits_in_known_functions_alone(tmp_path: Path, name: str) -> None:
     path = write(name, tmp_path / name)
     facts = inspect((str(path), None, 1)).facts
-    [(modality, items)] = [found for found in batches(path).items() if found[0] is not Modality.VIDEO]
-    want = load_encoder(str(path), device="cpu", dtype="float32", facts=facts).forward(modality, items)
+    items = batches(path)[Modality.IMAGE]
     with emulated() as device:
         encoder = load_encoder(str(path), device="cuda:0", dtype="bfloat16", facts=facts)
         device.ledger.clear()
-        embeddings = encoder.forward(modality, items)
+        embeddings = encoder.forward(Modality.IMAGE, items)
         waits = Counter(wait.place for wait in device.ledger.waits)
         got = [rows.cpu() for rows in embeddings]
-    assert relative_error(got, want) < 0.02
+    assert relative_error(got, on_a_cpu(path, Modality.IMAGE, items)) < 0.02
     assert set(waits) <= WAITS[name]
-    segments = WINDOWS if modality is Modality.AUDIO else len(items)
-    assert waits["encode_server/models/attention.py:layout_of"] <= segments, "a wait in every layer"
+    assert waits["encode_server/models/attention.py:layout_of"] <= len(items), "a wait in every layer"
