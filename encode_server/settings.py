@@ -97,6 +97,11 @@ class Settings(BaseSettings):
     preproc_memory_mb: int = Field(
         6144, ge=512, description="memory that such a process may take for decoding; an item that needs more is refused"
     )
+    preproc_device: str = Field(
+        "cpu",
+        description="where images and videos are resized and normalised, as far as the checkpoint's processors can: "
+        "cpu, cuda (the GPUs in turns, one for each such process), or cuda:N",
+    )
     send_workers: int = Field(4, ge=1, le=256, description="threads that prepare answers and deliveries")
     rank_threads: int = Field(0, ge=0, description="CPU threads of each rank; 0: the cores shared among the ranks")
     image_batch_tokens: int = Field(16384, ge=1, description="patches of images in one batch; a larger item goes alone")
@@ -255,6 +260,13 @@ class Settings(BaseSettings):
     tracing: Literal["off", "otlp"] = Field(
         "off", description="spans of requests and their stages; otlp: sent as OpenTelemetry's OTEL_* variables say"
     )
+
+    @field_validator("preproc_device")
+    @classmethod
+    def _check_device(cls, value: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", value):
+            raise PydanticCustomError("device", "cpu, cuda or cuda:N, e.g. cuda:0")
+        return value
 
     @field_validator(
         *("media_allow", "media_roots", "destination_allow", "api_keys", "served_model_name", "register_url"),

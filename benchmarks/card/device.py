@@ -286,6 +286,7 @@ def emulated(*, values: bool = True, capability: tuple[int, int] = (9, 0)) -> It
         "torch.cuda.Stream": streams.new,
         "torch.cuda.Event": Event,
         "torch.cuda.empty_cache": lambda: None,
+        "torch.cuda.memory_reserved": lambda device=None: 0,
         "torch.accelerator.synchronize": streams.synchronize,
         "torch.accelerator.empty_cache": lambda: None,
         "torch.cuda.set_device": lambda device: None,

@@ -27,7 +27,7 @@ PROFILE_LIMIT_S = 60.0  # the first profile of a rank loads libraries
 LEAST_LIMIT_S = 5.0  # no forward is taken for a hang before
 OVERDUE = 10.0  # times what a forward should have taken
 COLD_FORWARDS = 4  # of a new group, which still compile kernels: only the upper bound holds for them
-SLOWER = 3.0  # times what a forward should have taken, for each beside it: never shorter than this for a long forward
+SLOWER = 3.0  # times what a forward should have taken, for each computed beside it: the least limit of a long forward
 WATCH_S = 0.5
 PROVE_AGAIN_S = 1.0  # after an encode that failed and left the group alive
 
@@ -267,8 +267,9 @@ class Supervisor:
     def _limit_s(self, pending: Pending) -> float:
         """How long the ranks may take for a command: a forward ten times what it should take, but 5 s at least.
 
-        `stall_s` bounds that. A forward that should take long is given more: on a slow device two of the largest items
-        side by side are no hang."""
+        `stall_s` bounds that. A forward that should take long is given more: two of the largest items that are computed
+        concurrently on a slow device are no hang. The time behind another forward on a GPU's stream does not count, see
+        `RankGroup.age_s`."""
         stall_s = self._options.stall_s
         if isinstance(pending.command, m.StartProfile | m.StopProfile):
             return max(stall_s, PROFILE_LIMIT_S)
@@ -276,8 +277,8 @@ class Supervisor:
             return min(stall_s, self._options.ping_limit_s)
         if pending.expected_s is None or self._group is None or self._group.forwarded < COLD_FORWARDS:
             return stall_s
-        side_by_side = self.info.at_once if self.info else 1
-        bound_s = max(stall_s, SLOWER * side_by_side * pending.expected_s)
+        computing = self.info.computing if self.info else 1
+        bound_s = max(stall_s, SLOWER * computing * pending.expected_s)
         return min(bound_s, max(LEAST_LIMIT_S, OVERDUE * pending.expected_s))
 
     def _set(self, state: EngineState, reason: str) -> None:

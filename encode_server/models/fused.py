@@ -131,7 +131,7 @@ def _epsilon(module: nn.Module) -> float:
 
 def _is_rotary(module: nn.Module) -> bool:
     """Packed self-attention whose code rotates whole heads, and which has no parameters beside its Linears."""
-    forward = type(module).forward
+    forward = inspect.unwrap(type(module).forward)  # transformers 5.17 wraps Qwen2.5-Omni's to rename an argument
     names = {name for name, _ in module.named_children()}
     return (
         _ROTARY in getattr(forward, "__globals__", {})

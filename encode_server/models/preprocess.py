@@ -14,6 +14,7 @@ from encode_server.errors import BadMedia, BadRequest, TooLarge, UnsupportedModa
 from encode_server.media.limits import MediaLimits
 from encode_server.media.samples import probe_media
 from encode_server.media.video import VideoInfo
+from encode_server.models import on_device
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families import family_of
 from encode_server.models.prepared import Prepared
@@ -28,10 +29,18 @@ class Preprocessor:
     `modalities`: what the model has an encoder for.
     """
 
-    def __init__(self, checkpoint: Checkpoint, limits: MediaLimits, max_patches: int = 131_072) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        limits: MediaLimits,
+        max_patches: int = 131_072,
+        device: str = "cpu",
+        warn: Callable[[str], None] = lambda message: None,
+    ) -> None:
         """Load the processors of the checkpoint's modalities; `limits` bound every item.
 
-        `max_patches`: what `min_pixels` may enlarge an image or a video to.
+        `max_patches`: what `min_pixels` may enlarge an image or a video to. `device`: torch's name of where images and
+        videos are resized, rescaled and normalised, as far as their processors can; `warn` is told which cannot.
 
         Raises:
             StartupError: a processor's configuration is missing or unreadable.
@@ -40,6 +49,10 @@ class Preprocessor:
         self.modalities = self._family.modalities
         self._limits, self._max_patches = limits, max_patches
         self._processors = {modality: self._family.load_processor(modality) for modality in sorted(self.modalities)}
+        self._device, self._warn = device, warn
+        self._on_device: frozenset[Modality] = frozenset()
+        if device != "cpu":
+            self._move(sorted(self.modalities))
 
     def prepare(
         self,
@@ -112,7 +125,9 @@ class Preprocessor:
         sizing = self._sizing(processor, options)
         self._check_enlarged(processor, options, 1)
         try:
-            return self._family.prepare_image(processor, image, sizing)
+            return self._processed(
+                Modality.IMAGE, sizing, lambda options: self._family.prepare_image(processor, image, options)
+            )
         except ValueError as error:
             raise BadMedia(f"the image cannot be preprocessed: {first_line(error)}") from error
 
@@ -141,9 +156,44 @@ class Preprocessor:
         frames, _ = decode_video(data, choose, self._limits)
         on_decoded()
         try:
-            return self._family.prepare_video(processor, frames, chosen_from(), sizing)
+            return self._processed(
+                Modality.VIDEO,
+                sizing,
+                lambda options: self._family.prepare_video(processor, frames, chosen_from(), options),
+            )
         except ValueError as error:
             raise BadMedia(f"the video cannot be preprocessed: {first_line(error)}") from error
+
+    def _move(self, modalities: Sequence[Modality]) -> None:
+        """Preprocess on the device what gives the same there as on the CPU; the trial also loads the kernels."""
+        for modality in modalities:
+            reason = on_device.unfit(self._processors[modality])
+            if reason is None:
+                want = self.prepare(modality, self.probe(modality))
+                self._on_device |= {modality}
+                try:
+                    reason = on_device.difference(self.prepare(modality, self.probe(modality)), want)
+                except Exception as error:  # of any processor class, on a device that this process has not used yet
+                    reason = f"{type(error).__name__}: {first_line(error)}"
+            if reason is not None:
+                self._on_device -= {modality}
+                self._warn(f"--preproc-device {self._device}: {modality} is preprocessed on the CPU: {reason}")
+
+    def _processed(
+        self, modality: Modality, options: Mapping[str, Any], prepare: Callable[[Mapping[str, Any]], Prepared]
+    ) -> Prepared:
+        """What `prepare` makes with these options of the processor, by way of the device where that can be used."""
+        if modality in self._on_device:
+            try:
+                return on_device.to_host(prepare({**options, "device": self._device}))
+            except torch.OutOfMemoryError:
+                pass  # the ranks, or a larger item, have what there is: this item takes the CPU
+            except on_device.LOST as error:
+                self._on_device = frozenset()
+                self._warn(f"{self._device} failed, everything is preprocessed on the CPU: {first_line(error)}")
+            finally:
+                on_device.trim(self._device)
+        return prepare(options)
 
     def _chooser(self, options: ItemOptions) -> tuple[Callable[[VideoInfo], Sequence[int]], Callable[[], Any]]:
         """What chooses a video's frames with these options, and what tells the metadata that were last chosen from."""

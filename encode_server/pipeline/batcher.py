@@ -217,11 +217,11 @@ class Batcher:
         self._metrics.group_batches[str(work.index)].inc()
         task = asyncio.create_task(self._forward(work, batch))
         traffic = not all(piece.job.reserved for piece in batch)
-        work.running[task] = Sent(traffic, time.monotonic(), self._seconds(batch))
+        work.add(task, Sent(traffic, self._seconds(batch)))
         task.add_done_callback(lambda task: self._on_end(work, task))
 
     def _on_end(self, work: GroupWork, task: asyncio.Task[None]) -> None:
-        work.running.pop(task, None)
+        work.remove(task)
         if not task.cancelled():
             self._failure = self._failure or task.exception()
         self._wake.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -45,14 +46,14 @@ class Again:
     avoid: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sent:
-    """A batch in progress. `traffic`: whether it holds more than health probes. `at`: of `time.monotonic()`.
-    `seconds`: what it should take, 0 where that is not known."""
+    """A batch in progress. `traffic`: whether it holds more than health probes. `seconds`: what it should take, 0 where
+    that is not known. `began`: of `time.monotonic()`, None while the batch waits behind others in the ranks."""
 
     traffic: bool
-    at: float
     seconds: float
+    began: float | None = None
 
 
 @dataclass(eq=False)
@@ -62,7 +63,7 @@ class GroupWork:
 
     index: int
     group: Group
-    running: dict[asyncio.Task[None], Sent] = field(default_factory=dict)  # in the order sent
+    running: dict[asyncio.Task[None], Sent] = field(default_factory=dict)  # in the order sent; see `add`, `remove`
     alone: bool = False
     claimed: Again | None = None
     bound: deque[Job] = field(default_factory=deque)
@@ -86,9 +87,27 @@ class GroupWork:
 
     @property
     def seconds(self) -> float:
-        """Seconds of work in progress, one batch after another, as far as costs have been learnt."""
-        if not self.running:
-            return 0.0
-        oldest = next(iter(self.running.values()))
-        passed = min(oldest.seconds, time.monotonic() - oldest.at)
-        return sum(sent.seconds for sent in self.running.values()) - passed
+        """Seconds that the batches in progress still take, added up, as far as costs have been learnt. The time that a
+        batch waited in the ranks is none of its own."""
+        now = time.monotonic()
+        return sum(
+            sent.seconds - (0.0 if sent.began is None else min(sent.seconds, now - sent.began))
+            for sent in self.running.values()
+        )
+
+    def add(self, task: asyncio.Task[None], sent: Sent) -> None:
+        """The group was sent a batch; `task` ends with the batch."""
+        self.running[task] = sent
+        self._note_began()
+
+    def remove(self, task: asyncio.Task[None]) -> None:
+        """The batch of `task` has ended."""
+        self.running.pop(task, None)
+        self._note_began()
+
+    def _note_began(self) -> None:
+        """The ranks compute the oldest batches, as many concurrently as they say."""
+        computing = self.group.info.computing if self.group.info else 1
+        for sent in itertools.islice(self.running.values(), computing):
+            if sent.began is None:
+                sent.began = time.monotonic()

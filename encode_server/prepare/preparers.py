@@ -73,6 +73,7 @@ class Preparers:
         self._pickles: dict[int, AskedPickle] = {}
         self._held_bytes = 0
         self._oom_kills = OomKills()
+        self._warned: set[str] = set()
         self._cores = usable_cores()
         self._item_s = 0.0  # processor time of an item, on average
         self._turn = 0
@@ -342,7 +343,7 @@ class Preparers:
     async def _start(self, index: int) -> PreparerProcess:
         while True:
             process = self._new_process(index)
-            setup = msgspec.structs.replace(self._spec.setup, socket=process.peer.link.path)
+            setup = msgspec.structs.replace(self._spec.setup, socket=process.peer.link.path, index=index)
             argument = msgspec.msgpack.encode(setup)
             try:
                 await process.peer.start(self._forkserver, f"preparer {index}", ENTRY, argument, (self._arena_fd,))
@@ -369,6 +370,10 @@ class Preparers:
                 process.ready = True
                 self._ready.set()
                 self._dispatch()
+            case m.Warned(message):
+                if message not in self._warned:  # every process says it, and each that takes the place of another
+                    self._warned.add(message)
+                    log.warning("%s", message)
             case m.Failed(message):
                 process.failure = message
             case m.Pickled(number):

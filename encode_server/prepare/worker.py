@@ -23,6 +23,7 @@ import zmq
 
 from encode_server.errors import EncodeError, StartupError, TooLarge, first_line
 from encode_server.media.limits import MediaLimits
+from encode_server.models import on_device
 from encode_server.models.prepared import Prepared
 from encode_server.models.preprocess import Preprocessor
 from encode_server.models.resolve import open_directory
@@ -192,7 +193,11 @@ def main(argument: bytes, fds: Sequence[int]) -> int:
     try:
         torch.set_num_threads(1)  # parallel over items, and the cores are the ranks'
         checkpoint = open_directory(Path(setup.path), name=setup.name)
-        preprocessor = Preprocessor(checkpoint, limits, setup.max_item_tokens)
+        # Before `confine`: a GPU's context reserves more addresses than any memory limit allows.
+        device = on_device.choose(setup.device, setup.index)
+        preprocessor = Preprocessor(
+            checkpoint, limits, setup.max_item_tokens, device, lambda message: channel.post(m.encode(m.Warned(message)))
+        )
         arena = ArenaWriter(fds[0], setup.arena_bytes)
         gc.freeze()
         confine(setup.memory_bytes)

@@ -61,6 +61,7 @@ def preparer_spec(settings: Settings, found: Inspection, arena_bytes: int) -> Pr
         threads=-(-settings.preproc_workers // processes),
         memory_bytes=settings.preproc_memory_mb << 20,
         arena_bytes=arena_bytes,
+        device=settings.preproc_device,
     )
     return PreparerSpec(processes, setup.threads, settings.decode_s, setup)
 

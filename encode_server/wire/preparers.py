@@ -147,6 +147,12 @@ class Pickled(msgspec.Struct, frozen=True, tag="pickled"):
     seconds: bytes | None
 
 
+class Warned(msgspec.Struct, frozen=True, tag="warned"):
+    """Something that the operator should know. `message` is one line."""
+
+    message: str
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
     """The preparer cannot load or go on, and exits. `message` is one line for the operator."""
 
@@ -154,12 +160,13 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 Command = Prepare | Place | Drop | Pickle | Shutdown
-Event = Ready | Waiting | Began | Prepared | Placed | Refused | Pickled | Failed
+Event = Ready | Waiting | Began | Prepared | Placed | Refused | Pickled | Warned | Failed
 
 
 class PreparerSetup(msgspec.Struct, frozen=True):
     """What a preparer is started with. `threads`: of its pool. `memory_bytes`: what it may take beyond what it starts
-    with. The descriptor of the arena, of `arena_bytes`, is handed over with the fork."""
+    with. The descriptor of the arena, of `arena_bytes`, is handed over with the fork. `device`: `--preproc-device`.
+    `index`: of the preparer, counted from 0."""
 
     socket: str
     path: str
@@ -169,6 +176,8 @@ class PreparerSetup(msgspec.Struct, frozen=True):
     threads: int
     memory_bytes: int
     arena_bytes: int
+    device: str = "cpu"
+    index: int = 0
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -198,12 +198,17 @@ def test_forwards_side_by_side_that_should_take_long_are_given_time_for_both(run
 
     async def scenario(engine: Supervisor, groups: Groups) -> None:
         await warm(engine, groups)
-        engine.info = msgspec.structs.replace(INFO, at_once=2)
+        engine.info = msgspec.structs.replace(INFO, at_once=2, computing=2)
         tasks = [forward(engine, 40.0) for _ in range(2)]
         await until(lambda: len(groups.last.pending) == 2)
         groups.last.age = 160.0
         await asyncio.sleep(0.03)  # several looks
-        assert engine.ready
+        assert engine.ready and engine.limit_s() == 240.0
+        # On a GPU the second is queued behind the first: neither has to share the device.
+        engine.info = msgspec.structs.replace(INFO, at_once=2, computing=1)
+        groups.last.age = 100.0
+        await asyncio.sleep(0.03)
+        assert engine.ready and engine.limit_s() == 120.0
         groups.last.end_all()
         await asyncio.gather(*tasks)
 

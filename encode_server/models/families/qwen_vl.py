@@ -31,7 +31,8 @@ class QwenVision(Family):
     def prepare_image(self, processor: Any, image: Image.Image, options: Mapping[str, Any]) -> Prepared:
         if processor not in self._image_patches:
             self._image_patches[processor] = ImagePatches.of(processor)
-        if (patches := self._image_patches[processor]) is not None:
+        patches = self._image_patches[processor]
+        if patches is not None and "device" not in options:
             pixels, grid = patches(image, options)
             return _prepared({"pixel_values": pixels, **constants(processor)}, grid, processor)
         output = processor(images=[image], return_tensors="pt", **raw_options(processor), **options)
@@ -44,7 +45,8 @@ class QwenVision(Family):
         frames, metadata = at_least(int(processor.temporal_patch_size), frames, metadata)
         if processor not in self._video_patches:
             self._video_patches[processor] = VideoPatches.of(processor)
-        if (patches := self._video_patches[processor]) is not None:
+        patches = self._video_patches[processor]
+        if patches is not None and "device" not in options:
             pixels, grid = patches(frames, options)
             prepared = _prepared({"pixel_values": pixels, **constants(processor)}, grid, processor)
         else:
