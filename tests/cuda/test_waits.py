@@ -32,7 +32,7 @@ WAITS = {
 }
 """The functions that may make the host wait during a forward. A family of this server's own may not wait at all.
 
-`qwen3_asr` is missing: its code gives `torch.tensor` a list that holds scalars of the device, which torch reads past the
+`qwen3_asr` is missing: its code gives `torch.tensor` a list with scalars of the device, which torch reads past the
 emulation, in search of a driver. A real device copies each of them to the host.
 """
 
