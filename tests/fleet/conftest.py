@@ -1,4 +1,5 @@
-"""Two encoders of one Qwen3-VL checkpoint with one store between them. A test may kill `b`; the next gets a new one."""
+"""What the tests of fleets share: two encoders of one Qwen3-VL checkpoint with one store between them (a test may kill
+`b`; the next gets a new one), and sockets that are closed at the end."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import zmq
 
 from encode_server.delivery.folder import ENTRY
 from tests.checkpoints import Checkpoints
@@ -52,3 +54,12 @@ def _fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 @pytest.fixture
 def fleet(_fleet: Fleet) -> Fleet:
     return _fleet.whole()
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    """Closed whatever becomes of the test: a failed test's sockets are collected in any order, and a context that is
+    collected before its sockets waits for them forever."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)

@@ -24,7 +24,7 @@ class EncoderStandIn:
         self.asked = threading.Semaphore(0)  # released for each encode that begins
         self.hold = threading.Event()
         self.hold.set()
-        self._registered: dict[str, list[dict]] = {}
+        self._registered: dict[str, dict[str, dict]] = {}  # by req_id, then by receive_url: a retry says it again
         self._arrived = threading.Condition()
         self._context = zmq.Context()
         outer = self
@@ -42,7 +42,7 @@ class EncoderStandIn:
                 outer.frozen()
                 if self.path == "/scheduler_receive_url":
                     with outer._arrived:
-                        outer._registered.setdefault(body["req_id"], []).append(body)
+                        outer._registered.setdefault(body["req_id"], {})[body["receive_url"]] = body
                         outer._arrived.notify_all()
                     return self.reply(200, None)
                 outer.headers.append(dict(self.headers))
@@ -87,6 +87,11 @@ class EncoderStandIn:
         while self.mode == "frozen":
             time.sleep(0.02)
 
+    def registered(self, name: str) -> int:
+        """How many ranks have said where they receive this part."""
+        with self._arrived:
+            return len(self._registered.get(name, {}))
+
     def push(self, body: dict) -> None:
         """Send the part's name to every rank that wants it."""
         name = body["req_id"]
@@ -94,14 +99,17 @@ class EncoderStandIn:
             urls = [f"{body['prefill_host']}:{body['embedding_port']}"]
         else:
             with self._arrived:
-                wanted = lambda: len(got := self._registered.get(name, [])) and len(got) == got[0]["receive_count"]  # noqa: E731
-                assert self._arrived.wait_for(wanted, 30)
-                urls = [registration["receive_url"] for registration in self._registered.pop(name)]
+                assert self._arrived.wait_for(lambda: self._complete(name), 30)
+                urls = list(self._registered.pop(name))
         for url in urls:
             with self._context.socket(zmq.PUSH) as push:
                 push.connect(f"tcp://{url}")
                 push.send(name.encode())
                 push.close(linger=5000)
+
+    def _complete(self, name: str) -> bool:
+        known = self._registered.get(name, {})
+        return any(body["receive_count"] == len(known) for body in known.values())
 
     def __enter__(self) -> EncoderStandIn:
         return self

@@ -21,8 +21,8 @@ def part(name: str, **more: object) -> dict[str, object]:
     return body | {"prefill_host": "127.0.0.1"} | more
 
 
-def test_a_request_and_what_the_proxy_asks_for_it_are_spans_of_the_callers_trace(tmp_path):
-    engine, rank = EngineStandIn(tmp_path), Rank()
+def test_a_request_and_what_the_proxy_asks_for_it_are_spans_of_the_callers_trace(tmp_path, context):
+    engine, rank = EngineStandIn(tmp_path), Rank(context)
     engine.go_on.set()
     dying = EncoderStandIn(mode="dies")
     with collecting() as collector, dying, EncoderStandIn() as well, served(engine.app()) as engine.url:
@@ -66,9 +66,9 @@ def test_a_request_and_what_the_proxy_asks_for_it_are_spans_of_the_callers_trace
     assert collector.services == {"encode-server-route"}
 
 
-def test_a_proxy_that_does_not_trace_passes_the_callers_header_on(tmp_path):
+def test_a_proxy_that_does_not_trace_passes_the_callers_header_on(tmp_path, context):
     with EncoderStandIn() as encoder, route(tmp_path, *to(encoder)) as live:
-        port = int(Rank().url.rpartition(":")[2])
+        port = int(Rank(context).url.rpartition(":")[2])
         encode = part("a", embedding_port=port)
         assert httpx.post(live.base_url + "/encode", json=encode, headers=HEADERS, timeout=60).status_code == 200
         (seen,) = encoder.headers

@@ -28,9 +28,8 @@ from tests.server.prefill_standin import Bootstrap
 class Rank:
     """A prefill rank's PULL socket; `names`: the parts that came."""
 
-    def __init__(self) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PULL)
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._socket = context.socket(zmq.PULL)
         self.url = f"127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
 
     def came(self, count: int, timeout_s: float = 30) -> list[str]:
@@ -60,9 +59,9 @@ def call(method: str, url: str, **more: object) -> httpx.Response:
 class Prefill:
     """Asks as SGLang's prefill asks: a POST for the part, and one for each rank's registration, from other threads."""
 
-    def __init__(self, url: str, ranks: int = 1) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], url: str, ranks: int = 1) -> None:
         self.url = url
-        self.ranks = [Rank() for _ in range(ranks)]
+        self.ranks = [Rank(context) for _ in range(ranks)]
         self._pool = ThreadPoolExecutor(64)
         self._http = httpx.Client(timeout=60, limits=httpx.Limits(max_connections=64))
 
@@ -83,9 +82,9 @@ class Prefill:
         return future
 
 
-def test_parts_reach_every_rank_once_whenever_the_ranks_register(tmp_path):
+def test_parts_reach_every_rank_once_whenever_the_ranks_register(tmp_path, context):
     with EncoderStandIn() as a, EncoderStandIn() as b, route(tmp_path, *to(a, b)) as live:
-        prefill = Prefill(live.base_url, ranks=2)
+        prefill = Prefill(context, live.base_url, ranks=2)
         prefill.register("early")
         parts = [prefill.part("early")]
         a.hold.clear(), b.hold.clear()
@@ -102,9 +101,9 @@ def test_parts_reach_every_rank_once_whenever_the_ranks_register(tmp_path):
         assert prefill.ranks[0].came(1) == ["port"]
 
 
-def test_the_same_media_goes_to_the_same_encoder_and_a_busy_one_is_passed_over(tmp_path):
+def test_the_same_media_goes_to_the_same_encoder_and_a_busy_one_is_passed_over(tmp_path, context):
     with EncoderStandIn() as a, EncoderStandIn() as b, route(tmp_path, *to(a, b)) as live:
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         for number in range(24):
             assert prefill.ask(f"r{number}", f"image {number % 4}").result().status_code == 200
         media = {name: int(name[1:]) % 4 for name in a.encoded}, {name: int(name[1:]) % 4 for name in b.encoded}
@@ -116,19 +115,19 @@ def test_the_same_media_goes_to_the_same_encoder_and_a_busy_one_is_passed_over(t
         assert "busy" in other.encoded
 
 
-def test_a_strangers_registration_takes_no_ranks_place(tmp_path):
+def test_a_strangers_registration_takes_no_ranks_place(tmp_path, context):
     with EncoderStandIn() as a, route(tmp_path, *to(a)) as live:
         stranger = httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2"), timeout=60)
         body = {"req_id": "r", "receive_count": 1, "receive_url": "127.0.0.3:9", "modality": "IMAGE"}
         assert stranger.post(live.base_url + "/scheduler_receive_url", json=body).status_code == 200
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         assert prefill.ask("r").result().status_code == 200
         assert prefill.ranks[0].came(1) == ["r"]
 
 
-def test_a_part_whose_encoder_dies_is_delivered_by_another(tmp_path):
+def test_a_part_whose_encoder_dies_is_delivered_by_another(tmp_path, context):
     with EncoderStandIn("dies") as a, EncoderStandIn() as b, route(tmp_path, *to(a, b)) as live:
-        prefill = Prefill(live.base_url, ranks=2)
+        prefill = Prefill(context, live.base_url, ranks=2)
         parts = [prefill.ask(f"r{number}") for number in range(20)]
         assert [part.result().status_code for part in parts] == [200] * 20
         for rank in prefill.ranks:
@@ -137,7 +136,7 @@ def test_a_part_whose_encoder_dies_is_delivered_by_another(tmp_path):
         assert 'route_part_failures_total{reason="unreachable"}' in call("GET", live.base_url + "/metrics").text
 
 
-def test_an_encoder_that_answers_nothing_any_more_loses_its_parts(monkeypatch):
+def test_an_encoder_that_answers_nothing_any_more_loses_its_parts(monkeypatch, context):
     monkeypatch.setattr(encoders, "PROBE_TIMEOUT_S", 0.2)
 
     async def scenario(a: EncoderStandIn, b: EncoderStandIn):
@@ -151,16 +150,16 @@ def test_an_encoder_that_answers_nothing_any_more_loses_its_parts(monkeypatch):
         watcher.cancel()
         return answer.status, journey
 
-    rank = Rank()
+    rank = Rank(context)
     with EncoderStandIn("frozen") as a, EncoderStandIn() as b:
         status, journey = asyncio.run(scenario(a, b))
         assert status == 200 and journey.encoder == b.url and journey.failures == 1
         assert rank.came(1) == ["r"]
 
 
-def test_it_waits_for_encoders_that_are_full_loading_or_not_there_yet(tmp_path):
+def test_it_waits_for_encoders_that_are_full_loading_or_not_there_yet(tmp_path, context):
     with EncoderStandIn("full") as a, EncoderStandIn("loading") as b, route(tmp_path, *to(a)) as live:
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         part = prefill.ask("full")
         assert a.asked.acquire(timeout=30)
         call("POST", live.base_url + "/register_encoder_url", json={"url": b.url})
@@ -172,9 +171,22 @@ def test_it_waits_for_encoders_that_are_full_loading_or_not_there_yet(tmp_path):
         a.mode = "well"
 
 
-def test_a_refusal_of_the_media_is_passed_on_and_told_to_no_rank(tmp_path):
+def test_a_part_tried_again_at_the_same_encoder_registers_its_ranks_again(tmp_path, context):
+    with EncoderStandIn("full") as a, route(tmp_path, *to(a)) as live:
+        prefill = Prefill(context, live.base_url)
+        a.hold.clear()
+        part = prefill.ask("r")
+        assert a.asked.acquire(timeout=30)
+        assert eventually(lambda: a.registered("r") == 1)
+        a.hold.set()  # the refusal
+        assert a.asked.acquire(timeout=30)
+        a.mode = "well"
+        assert part.result().status_code == 200 and prefill.ranks[0].came(1) == ["r"]
+
+
+def test_a_refusal_of_the_media_is_passed_on_and_told_to_no_rank(tmp_path, context):
     with EncoderStandIn("bad") as a, EncoderStandIn("bad") as b, route(tmp_path, *to(a, b)) as live:
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         answer = prefill.ask("r").result()
         assert answer.status_code == 400 and answer.json() == {"message": "bad"}
         seen = a.headers + b.headers
@@ -182,10 +194,10 @@ def test_a_refusal_of_the_media_is_passed_on_and_told_to_no_rank(tmp_path):
         assert 0 < float(seen[0]["X-Encode-Timeout-S"]) <= 170
 
 
-def test_an_error_waits_for_the_parts_that_are_on_their_way_to_the_same_prefill(tmp_path):
+def test_an_error_waits_for_the_parts_that_are_on_their_way_to_the_same_prefill(tmp_path, context):
     """The error ends that prefill, and with it everything that has not arrived."""
     with EncoderStandIn() as a, route(tmp_path, *to(a)) as live:
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         a.hold.clear()
         slow = prefill.ask("slow")
         assert a.asked.acquire(timeout=30)
@@ -200,15 +212,15 @@ def test_an_error_waits_for_the_parts_that_are_on_their_way_to_the_same_prefill(
         assert slow.result().status_code == 200 and broken.result().status_code == 400
 
 
-def test_time_is_up_when_no_encoder_comes(tmp_path):
+def test_time_is_up_when_no_encoder_comes(tmp_path, context):
     with route(tmp_path, "--timeout-s", "0.5") as live:
-        answer = Prefill(live.base_url).ask("r").result()
+        answer = Prefill(context, live.base_url).ask("r").result()
         assert answer.status_code == 504 and "no encoder was well" in answer.json()["message"]
         assert call("GET", live.base_url + "/health").status_code == 200  # or the prefill's bootstrap would forget it
         assert call("GET", live.base_url + "/readyz").status_code == 503
 
 
-def test_encoders_register_and_leave_and_the_proxy_registers_itself(tmp_path):
+def test_encoders_register_and_leave_and_the_proxy_registers_itself(tmp_path, context):
     with EncoderStandIn() as a, EncoderStandIn() as b, Bootstrap() as bootstrap:
         with route(tmp_path, "--register-url", bootstrap.url) as live:
             assert bootstrap.urls == []
@@ -218,7 +230,7 @@ def test_encoders_register_and_leave_and_the_proxy_registers_itself(tmp_path):
             assert listed == {"encoder_urls": [a.url, b.url]}
             assert eventually(lambda: bootstrap.urls == [live.base_url])
             call("DELETE", live.base_url + "/unregister_encoder_url", json={"url": a.url})
-            prefill = Prefill(live.base_url)
+            prefill = Prefill(context, live.base_url)
             parts = [prefill.ask(f"r{number}") for number in range(10)]
             assert all(part.result().status_code == 200 for part in parts)
             assert len(b.encoded) == 10 and not a.encoded
@@ -229,18 +241,18 @@ def test_encoders_register_and_leave_and_the_proxy_registers_itself(tmp_path):
         assert bootstrap.urls == []
 
 
-def test_a_name_stands_for_all_its_addresses(tmp_path):
+def test_a_name_stands_for_all_its_addresses(tmp_path, context):
     with EncoderStandIn() as a, route(tmp_path, "--encoder-dns", a.url.replace("127.0.0.1", "localhost")) as live:
-        assert Prefill(live.base_url).ask("r").result().status_code == 200
+        assert Prefill(context, live.base_url).ask("r").result().status_code == 200
         assert a.url in call("GET", live.base_url + "/readyz").json()["encoders"]
 
 
-def test_what_is_in_progress_ends_before_the_proxy_does(tmp_path):
+def test_what_is_in_progress_ends_before_the_proxy_does(tmp_path, context):
     with EncoderStandIn() as a, ExitStack() as stack:
         engine = EngineStandIn(tmp_path)
         engine.url = stack.enter_context(served(engine.app()))
         live = stack.enter_context(route(tmp_path, *to(a), "--engine-url", engine.url))
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         a.hold.clear()
         part = prefill.ask("r")
         assert a.asked.acquire(timeout=30)
@@ -297,10 +309,10 @@ def test_options_that_cannot_work_are_said(tmp_path, options, said):
         live.wait_for_log(said)
 
 
-def test_many_bodies_wait_unread(tmp_path):
+def test_many_bodies_wait_unread(tmp_path, context):
     """Two megabytes at a time: the third waits until one has been delivered."""
     with EncoderStandIn() as a, route(tmp_path, *to(a), "--max-waiting-mb", "2", "--max-body-mb", "1") as live:
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         a.hold.clear()
         parts = [prefill.ask(f"r{number}", str(number) * (900 << 10)) for number in range(4)]
         assert a.asked.acquire(timeout=30) and a.asked.acquire(timeout=30)
@@ -309,12 +321,12 @@ def test_many_bodies_wait_unread(tmp_path):
         assert [part.result().status_code for part in parts] == [200] * 4
 
 
-def test_a_body_that_finds_no_room_in_time_is_said(tmp_path):
+def test_a_body_that_finds_no_room_in_time_is_said(tmp_path, context):
     with (
         EncoderStandIn() as a,
         route(tmp_path, *to(a), "--max-waiting-mb", "1", "--max-body-mb", "1", "--timeout-s", "1.5") as live,
     ):
-        prefill = Prefill(live.base_url)
+        prefill = Prefill(context, live.base_url)
         a.hold.clear()
         first = prefill.ask("r0", "0" * (900 << 10))
         assert a.asked.acquire(timeout=30)

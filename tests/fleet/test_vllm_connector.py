@@ -29,14 +29,14 @@ def connector(monkeypatch):
 
 
 @pytest.fixture
-def start(connector):
+def start(connector, context):
     """`start(workers=…, **options)` is an engine with the connector, and a way to push to it."""
     engines = []
 
     def start(**options) -> tuple[Engine, Pusher]:
         engine = Engine(connector.EncodeServerConnector, **options)
         engines.append(engine)
-        return engine, Pusher(engine)
+        return engine, Pusher(engine, context)
 
     yield start
     for engine in engines:
@@ -44,10 +44,9 @@ def start(connector):
 
 
 class Pusher:
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self._inbox = engine.scheduler._inbox
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PUSH)
+        self._socket = context.socket(zmq.PUSH)
         self._socket.connect(self._inbox.endpoint)
 
     def raw(self, *frames: bytes) -> None:
