@@ -15,9 +15,10 @@ from torch import nn
 
 from benchmarks.card.device import emulated
 from benchmarks.card.ledger import Kind, Launch
-from encode_server.models import fused
+from encode_server.models import fused, gated
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
+from encode_server.models.gated import Gate, gate
 from encode_server.models.linear import align_mlps
 from encode_server.models.parallel import shard
 from encode_server.models.resolve import open_directory
@@ -27,7 +28,7 @@ from encode_server.models.weights import quiet
 from encode_server.wire.modality import Modality
 
 CUDA = torch.device("cuda:0")
-BEFORE = frozenset(Speedup) - {Speedup.NORMS, Speedup.ROTARY, Speedup.GELU, Speedup.AUDIO}
+BEFORE = frozenset(Speedup) - {Speedup.NORMS, Speedup.ROTARY, Speedup.GELU, Speedup.GATED, Speedup.AUDIO}
 """The speedups without those that fuse what transformers computes in several kernels."""
 
 
@@ -46,7 +47,7 @@ def count(
     own; its weights are not read. `triton`: the container has what Triton needs. With `world` > 1 torch.distributed's
     default group must exist, and may be torch's `fake` one."""
     family = family_of(open_directory(directory))
-    with emulated(values=False) as device, _rotation(triton):
+    with emulated(values=False) as device, _kernels(triton):
         model = _without_weights(family, speedups, dtype, rank, world)
         device.ledger.clear()
         with torch.inference_mode():
@@ -95,10 +96,15 @@ def _placed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _rotation(triton: bool) -> Iterator[None]:
+def _kernels(triton: bool) -> Iterator[None]:
     """While only counting, no kernel's values can be checked."""
     rotation: Rotation = rotate
+    chosen: Gate = gate
     if triton:
+        from encode_server.models.gated_triton import gate_in_one_kernel as chosen
         from encode_server.models.rotary_triton import rotate_in_one_kernel as rotation
-    with mock.patch.object(fused, "choose_rotation", lambda device: rotation):
+    with (
+        mock.patch.object(fused, "choose_rotation", lambda device: rotation),
+        mock.patch.object(gated, "choose_gate", lambda device: chosen),
+    ):
         yield

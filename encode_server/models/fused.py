@@ -7,7 +7,7 @@ A GPU spends more time on these parts of a bfloat16 tower, kernel by kernel in f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from encode_server.models.attention import Segments, attend_packed, layout_of
+from encode_server.models.linear import joined, replace_modules
 from encode_server.models.rotary import Rotation, choose_rotation, rotate
 
 _ROTARY = "apply_rotary_pos_emb_vision"
@@ -40,7 +41,7 @@ class RotaryAttention(nn.Module):
     def __init__(self, attention: Any, rotation: Rotation) -> None:
         """`attention`: transformers' module, as `_is_rotary` recognises it."""
         super().__init__()
-        self.qkv = attention.qkv if hasattr(attention, "qkv") else _fused(attention.q, attention.k, attention.v)
+        self.qkv = attention.qkv if hasattr(attention, "qkv") else joined(attention.q, attention.k, attention.v)
         self.proj = attention.proj
         self._heads = int(attention.num_heads)
         self._scaling = float(attention.scaling)
@@ -83,7 +84,7 @@ class GeluLinear(nn.Module):
 
 def fuse_norms(model: nn.Module) -> None:
     """Every root-mean-square norm of `model` becomes an `RmsNorm`."""
-    _replace(model, _is_rms_norm, lambda norm: RmsNorm(norm.weight, _epsilon(norm)))
+    replace_modules(model, _is_rms_norm, lambda norm: RmsNorm(norm.weight, _epsilon(norm)))
 
 
 def fuse_rotary(model: nn.Module, device: torch.device) -> None:
@@ -91,7 +92,7 @@ def fuse_rotary(model: nn.Module, device: torch.device) -> None:
     if not any(map(_is_rotary, model.modules())):
         return
     rotation = choose_rotation(device) if device.type == "cuda" else rotate
-    _replace(model, _is_rotary, lambda attention: RotaryAttention(attention, rotation))
+    replace_modules(model, _is_rotary, lambda attention: RotaryAttention(attention, rotation))
 
 
 def fuse_gelu(model: nn.Module) -> None:
@@ -102,12 +103,6 @@ def fuse_gelu(model: nn.Module) -> None:
         if first is not None and activation is not None and getattr(module, first).bias is not None:
             setattr(module, first, GeluLinear(getattr(module, first)))
             setattr(module, activation, nn.Identity())
-
-
-def _replace(model: nn.Module, recognise: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> None:
-    for name, module in list(model.named_modules()):
-        if name and recognise(module):
-            model.set_submodule(name, make(module))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -147,15 +142,3 @@ def _is_tanh_gelu(module: object) -> bool:
     if isinstance(module, nn.GELU):
         return module.approximate == "tanh"
     return type(module).__name__ in ("GELUTanh", "PytorchGELUTanh")
-
-
-def _fused(*linears: nn.Linear) -> nn.Linear:
-    """One Linear that computes what `linears` compute, their outputs one after another."""
-    fused = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), device="meta")
-    fused.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
-    biases = [linear.bias for linear in linears]
-    if any(bias is None for bias in biases):
-        zeros = [torch.zeros_like(linear.weight[:, 0]) for linear in linears]
-        biases = [zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)]
-    fused.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
-    return fused

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +58,26 @@ def replace_patch_convolutions(model: nn.Module) -> None:
         convolution = getattr(module, "proj", None)
         if name.rpartition(".")[2] == "patch_embed" and isinstance(convolution, nn.Conv3d):
             model.set_submodule(name, PatchEmbedding(convolution))
+
+
+def joined(*linears: nn.Linear) -> nn.Linear:
+    """One Linear that computes what `linears` compute, their outputs one after another."""
+    width = sum(linear.out_features for linear in linears)
+    biases = [linear.bias for linear in linears]
+    one = nn.Linear(linears[0].in_features, width, bias=any(bias is not None for bias in biases), device="meta")
+    one.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False)
+    if one.bias is not None:
+        zeros = [torch.zeros_like(linear.weight[:, 0]) for linear in linears]
+        biases = [zero if bias is None else bias for zero, bias in zip(zeros, biases, strict=True)]
+        one.bias = nn.Parameter(torch.cat([bias.detach() for bias in biases]), requires_grad=False)
+    return one
+
+
+def replace_modules(model: nn.Module, recognise: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> None:
+    """Every module inside `model` that `recognise` knows becomes what `make` makes of it, one after another: nothing
+    else holds the weights of a module that has been replaced."""
+    for name in [name for name, module in model.named_modules() if name and recognise(module)]:
+        model.set_submodule(name, make(model.get_submodule(name)))
 
 
 def align_mlps(model: nn.Module, world: int) -> None:

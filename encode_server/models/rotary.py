@@ -6,12 +6,11 @@ bfloat16. The four kernels here move 3.5 times as many, Triton's one kernel move
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 
-log = logging.getLogger(__name__)
+from encode_server.models.choice import choose
 
 Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Changes `qk` [tokens, 2, heads, dim] in place. `cos`, `sin`: float32 [tokens, dim]."""
@@ -30,21 +29,16 @@ def rotate(qk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 
 def choose_rotation(device: torch.device) -> Rotation:
-    """The fastest rotation that works on `device`: Triton's if it gives the values of `rotate` there.
+    """The fastest rotation that works on `device`: Triton's if it gives the values of `rotate` there."""
 
-    Triton needs a C compiler when a program starts, and supports not every GPU: both show in a first call.
-    """
-    if device.type != "cuda":
-        return rotate
-    try:
+    def in_one_kernel() -> Rotation:
         from encode_server.models.rotary_triton import rotate_in_one_kernel
 
         check(rotate_in_one_kernel, device)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        log.warning("rotary positions take four kernels, not Triton's one: %s: %s", type(error).__name__, reason)
-        return rotate
-    return rotate_in_one_kernel
+        return rotate_in_one_kernel
+
+    plain: Rotation = rotate
+    return choose(device, plain, in_one_kernel, "rotary positions take four kernels, not Triton's one")
 
 
 def check(rotation: Rotation, device: torch.device) -> None:

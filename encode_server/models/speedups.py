@@ -12,25 +12,27 @@ from torch import nn
 from encode_server.models.attention import use_segment_attention
 from encode_server.models.convolutions import replace_audio_convolutions
 from encode_server.models.fused import fuse_gelu, fuse_norms, fuse_rotary
+from encode_server.models.gated import fuse_gated
 from encode_server.models.linear import pack_linears, replace_patch_convolutions
 
 
 class Speedup(StrEnum):
     """SEGMENTS: attention by packed segments. PATCHES: patch convolutions as products. ROTARY: rotary positions in
-    place. NORMS, GELU, AUDIO: norms, activations and audio convolutions as a GPU likes them. PACK: Linears as the CPU
-    likes them. ALIGN: widths as a GPU likes them."""
+    place. NORMS, GELU, GATED, AUDIO: norms, activations, gated MLPs and audio convolutions as a GPU likes them. PACK:
+    Linears as the CPU likes them. ALIGN: widths as a GPU likes them."""
 
     SEGMENTS = "segments"
     PATCHES = "patches"
     ROTARY = "rotary"
     NORMS = "norms"
     GELU = "gelu"
+    GATED = "gated"
     AUDIO = "audio"
     PACK = "pack"
     ALIGN = "align"
 
 
-OF_A_GPU = frozenset({Speedup.NORMS, Speedup.GELU, Speedup.AUDIO, Speedup.ALIGN})
+OF_A_GPU = frozenset({Speedup.NORMS, Speedup.GELU, Speedup.GATED, Speedup.AUDIO, Speedup.ALIGN})
 """What makes nothing faster on a CPU."""
 
 
@@ -48,12 +50,14 @@ def speed_up(model: nn.Module, chosen: Collection[Speedup], device: torch.device
 
     `device`: where the model, which is on the CPU, will run; none: on the CPU.
     """
+    target = device or torch.device("cpu")
     changes: dict[Speedup, Callable[[nn.Module], None]] = {
         Speedup.SEGMENTS: use_segment_attention,
         Speedup.PATCHES: replace_patch_convolutions,
-        Speedup.ROTARY: partial(fuse_rotary, device=device or torch.device("cpu")),
+        Speedup.ROTARY: partial(fuse_rotary, device=target),
         Speedup.NORMS: fuse_norms,
         Speedup.GELU: fuse_gelu,
+        Speedup.GATED: partial(fuse_gated, device=target),
         Speedup.AUDIO: replace_audio_convolutions,
         Speedup.PACK: pack_linears,
     }

@@ -23,9 +23,11 @@ def encode_with_ranks(
     scratch: Path,
     *,
     facts: Mapping[str, Facts | None] | None = None,
+    like_a_gpu: bool = False,
     timeout_s: float = 220,
 ) -> list[dict[str, torch.Tensor]]:
-    """Per rank: `name/modality/item` → embedding. `facts`: of the checkpoints that were inspected."""
+    """Per rank: `name/modality/item` → embedding. `facts`: of the checkpoints that were inspected. `like_a_gpu`: the
+    models are changed as for a GPU, and run on the CPU all the same."""
     inputs = {
         f"{name}/{modality}/{index:03}/{key}": tensor
         for name, (_, batches) in jobs.items()
@@ -38,7 +40,8 @@ def encode_with_ranks(
     paths = {name: str(path) for name, (path, _) in jobs.items()}
     context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=_rank, args=(rank, world, paths, str(scratch)), daemon=True) for rank in range(world)
+        context.Process(target=_rank, args=(rank, world, paths, str(scratch), like_a_gpu), daemon=True)
+        for rank in range(world)
     ]
     for process in ranks:
         process.start()
@@ -51,11 +54,14 @@ def encode_with_ranks(
     return [load_file(scratch / f"outputs{rank}") for rank in range(world)]
 
 
-def _rank(rank: int, world: int, paths: Mapping[str, str], scratch: str) -> None:
+def _rank(rank: int, world: int, paths: Mapping[str, str], scratch: str, like_a_gpu: bool) -> None:
     import torch.distributed as dist
 
+    from encode_server.models import speedups
     from encode_server.models.encoder import load_encoder
 
+    if like_a_gpu:
+        speedups.OF_A_GPU = frozenset()
     torch.set_num_threads(1)
     store = dist.FileStore(f"{scratch}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)

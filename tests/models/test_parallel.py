@@ -89,6 +89,23 @@ def test_ranks_agree_with_a_single_process(
                         torch.testing.assert_close(*vectors, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_that_compute_as_on_a_gpu_agree_with_one_that_does_not(
+    checkpoints: Checkpoints, tmp_path: Path, world: int
+) -> None:
+    """Widths filled up, gate and up of an MLP in one product, norms and GELU as a GPU likes them."""
+    jobs = _jobs(checkpoints, ["qwen2_5_vl", "qwen3_vl"])
+    ranks = encode_with_ranks(jobs, world, tmp_path, like_a_gpu=True)
+    for name, (path, batches) in jobs.items():
+        whole = load_encoder(str(path), device="cpu", dtype="float32")
+        for modality, items in batches.items():
+            for index, want in enumerate(whole.forward(modality, items)):
+                for outputs in ranks:
+                    got = outputs[f"{name}/{modality}/{index}"]
+                    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
 def _pooled(rows: torch.Tensor, pool: Pool) -> torch.Tensor:
     """What the front makes of the rows that a rank gave."""
     vector = pooled(memoryview(rows.numpy().tobytes()), "float32", rows.shape[1], pool)
