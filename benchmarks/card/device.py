@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -38,6 +39,18 @@ class HostWouldWait(Exception):
 def on_device(value: Any) -> bool:
     """Whether `value` is a tensor of the emulated device."""
     return isinstance(value, FakeTensor) and value.fake_device.type == "cuda"
+
+
+class _ReadScalars(TorchFunctionMode):
+    """`torch.tensor` reads scalars of the device in C++, past every dispatch mode: here before, a wait for each.
+
+    A replaced `torch.tensor` would no longer be the one that `with torch.device(…)` knows.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor and args and isinstance(args[0], list) and any(map(on_device, args[0])):
+            args = ([value.item() if on_device(value) else value for value in args[0]], *args[1:])
+        return func(*args, **kwargs or {})
 
 
 class EmulatedDevice(TorchDispatchMode):
@@ -299,6 +312,7 @@ def emulated(*, values: bool = True, capability: tuple[int, int] = (9, 0)) -> It
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         for name, replacement in replaced.items():
             stack.enter_context(unittest.mock.patch(name, replacement))
+        stack.enter_context(_ReadScalars())
         stack.enter_context(device)
         yield device
 
