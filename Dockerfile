@@ -59,8 +59,12 @@ COPY encode_server ./encode_server
 RUN --mount=type=cache,target=/root/.cache/uv /opt/uv/bin/uv pip install --no-deps .
 
 FROM ${BASE}
+ARG TORCH
+# On a GPU, Triton compiles a part of each kernel's launch in C, against Python's headers, when a rank starts. Without a
+# compiler the ranks take slower kernels, and say so in the log.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates python3 \
+        $([ "$TORCH" = cpu ] || echo gcc libc6-dev libpython3-dev) \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --create-home encode \
     && install -d -o encode -g encode /cache
@@ -72,6 +76,7 @@ ENV LD_LIBRARY_PATH="" \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface \
     XDG_CACHE_HOME=/cache \
+    TRITON_CACHE_DIR=/tmp/triton \
     ENCODE_SERVER_HOST=0.0.0.0 \
     ENCODE_SERVER_PORT=30000
 # By number: Kubernetes' runAsNonRoot cannot tell what a name stands for.

@@ -105,6 +105,6 @@ def _kernels(triton: bool) -> Iterator[None]:
         from encode_server.models.rotary_triton import rotate_in_one_kernel as rotation
     with (
         mock.patch.object(fused, "choose_rotation", lambda device: rotation),
-        mock.patch.object(gated, "choose_gate", lambda device: chosen),
+        mock.patch.object(gated, "choose_gate", lambda device, activations: chosen),
     ):
         yield

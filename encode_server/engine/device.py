@@ -46,6 +46,8 @@ def resolve_device(device: str, index: int, needed: int, host: Path = Path("/"))
     if needed > found:
         hidden = next((f" ({name}={os.environ[name]})" for name in HIDING if name in os.environ), "")
         what = "1 GPU is" if needed == 1 else f"{needed} GPUs are"
+        if found == 0 and not _all_hidden(os.environ):
+            raise StartupError(f"{what} needed, found none{hidden}: {_why_not()}; --device cpu serves from the CPU")
         raise StartupError(f"{what} needed, found {found}{hidden}: lower --dp or --tp, or set --device cpu")
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
@@ -187,7 +189,7 @@ def unpin(address: int) -> None:
 
 def _unusable_gpus(host: Path, environment: Mapping[str, str]) -> str | None:
     """Which GPUs this host has, in words; None where it has none, or where the environment hides all of them."""
-    if any(environment.get(name, "0").strip() in ("", "-1") for name in HIDING):
+    if _all_hidden(environment):
         return None
     nvidia = sorted((host / "dev").glob("nvidia[0-9]*"))
     if nvidia:
@@ -195,6 +197,11 @@ def _unusable_gpus(host: Path, environment: Mapping[str, str]) -> str | None:
     if (host / "dev/kfd").exists():
         return "this host has an AMD GPU (/dev/kfd) that torch cannot use"
     return None
+
+
+def _all_hidden(environment: Mapping[str, str]) -> bool:
+    """Whether the operator hides every GPU."""
+    return any(environment.get(name, "0").strip() in ("", "-1") for name in HIDING)
 
 
 def _why_not() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,26 +43,26 @@ def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return ACTIVATIONS[activation](first).mul_(second)
 
 
-def choose_gate(device: torch.device) -> Gate:
-    """The fastest gate that works on `device`: Triton's if it gives the values of `gate` there."""
+def choose_gate(device: torch.device, activations: Collection[str]) -> Gate:
+    """The fastest gate that works on `device`: Triton's if it gives the values of `gate` there for `activations`."""
 
     def in_one_kernel() -> Gate:
         from encode_server.models.gated_triton import gate_in_one_kernel
 
-        check(gate_in_one_kernel, device)
+        check(gate_in_one_kernel, device, activations)
         return gate_in_one_kernel
 
     plain: Gate = gate
     return choose(device, plain, in_one_kernel, "gated MLPs take two kernels between their products")
 
 
-def check(candidate: Gate, device: torch.device) -> None:
-    """Raise ValueError where `candidate` does not give the values of `gate`, for each activation, two dtypes and an
-    uneven width."""
+def check(candidate: Gate, device: torch.device, activations: Collection[str]) -> None:
+    """Raise ValueError where `candidate` does not give the values of `gate`, for `activations`, two dtypes and an
+    uneven width. Each activation is a kernel of its own to compile."""
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
         gate_up = (torch.randn(5, 2 * 1037, generator=generator) * 3).to(dtype)
-        for activation in ACTIVATIONS:
+        for activation in activations:
             want = gate(gate_up.float(), activation)
             error = (candidate(gate_up.to(device), activation).cpu().float() - want).abs()
             # A GPU's exponential and error functions are off by some units in the last place.
@@ -95,9 +95,10 @@ class _Form:
 
 def fuse_gated(model: nn.Module, device: torch.device) -> None:
     """Every gated MLP becomes a `GatedMlp`; `device`: where it will run. Ranks cut their part out before."""
-    if not any(map(_form_of, model.modules())):
+    activations = {form.activation for module in model.modules() if (form := _form_of(module)) is not None}
+    if not activations:
         return
-    chosen = choose_gate(device)
+    chosen = choose_gate(device, activations)
 
     def make(module: Any) -> nn.Module:
         form = _form_of(module)

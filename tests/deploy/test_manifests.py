@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import importlib
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -149,6 +150,17 @@ def test_a_pod_may_do_no_more_than_it_must(rendered):
     assert spec["enableServiceLinks"] is False and spec["automountServiceAccountToken"] is False
     assert spec["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_an_image_for_gpus_can_compile_what_triton_compiles():
+    """Triton needs a C compiler, Python's headers and a folder to write to, whose root is read-only in a pod."""
+    image = (DEPLOY.parent / "Dockerfile").read_text().rpartition("\nFROM ")[2]
+    assert re.search(r'\[ "\$TORCH" = cpu \] \|\| echo gcc libc6-dev libpython3-dev', image) and "ARG TORCH" in image
+    cache = re.search(r"TRITON_CACHE_DIR=(\S+)", image)
+    deployment = yaml.safe_load((DEPLOY / "kubernetes/base/deployment.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")]
+    assert cache is not None and any(cache[1].startswith(f"{mount}/") for mount in mounts)
 
 
 def test_systemd_takes_the_unit(tmp_path):

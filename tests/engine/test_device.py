@@ -85,6 +85,12 @@ def test_a_driver_that_is_too_old_is_refused_with_the_reason(too_old: Path) -> N
     assert resolve_device("cpu", 0, 1, too_old) == "cpu"
 
 
+def test_a_gpu_that_was_asked_for_and_that_torch_cannot_use_is_refused_with_the_reason(too_old: Path) -> None:
+    with pytest.raises(StartupError, match=r"^2 GPUs are needed, found none: torch .*driver.* is too old") as refused:
+        resolve_device("cuda", 0, 2, too_old)
+    assert "lower --dp" not in str(refused.value)
+
+
 def test_a_torch_for_cpus_on_a_host_with_a_gpu_is_refused(too_old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(StartupError, match="built for CPUs only"):

@@ -218,16 +218,16 @@ def test_a_kernel_that_fails_or_is_wrong_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     triton = pytest.importorskip("encode_server.models.gated_triton", reason="Triton is not installed")
-    monkeypatch.setattr(gated, "check", lambda candidate, device, real=gated.check: real(candidate, CPU))
+    monkeypatch.setattr(gated, "check", lambda candidate, device, names, real=gated.check: real(candidate, CPU, names))
     cuda = torch.device("cuda:0")
-    assert choose_gate(CPU) is gate
-    assert choose_gate(cuda) is triton.gate_in_one_kernel
+    assert choose_gate(CPU, ACTIVATIONS) is gate
+    assert choose_gate(cuda, ACTIVATIONS) is triton.gate_in_one_kernel
 
     def halves_swapped(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         return gate(gate_up.roll(gate_up.shape[-1] // 2, -1), activation)
 
     monkeypatch.setattr(triton, "gate_in_one_kernel", halves_swapped)
-    assert choose_gate(cuda) is gate
+    assert choose_gate(cuda, ["silu"]) is gate
     assert "off by" in caplog.text and "gated MLPs take two kernels" in caplog.text
 
 
