@@ -15,15 +15,6 @@ from typing import Any
 from encode_server.errors import StartupError, first_line
 from encode_server.wire.ranks import DeviceMemory
 
-OUT_OF_MEMORY = (  # in the messages of errors that are no torch.OutOfMemoryError, in lower case
-    "out of memory",  # cudaErrorMemoryAllocation, hipErrorOutOfMemory; NCCL quotes them
-    "_status_alloc_failed",  # cuBLAS, cuSOLVER, cuSPARSE, cuDNN, hipBLAS
-    "_allocation_failed",  # CUDNN_STATUS_INTERNAL_ERROR_{HOST,DEVICE}_ALLOCATION_FAILED
-    "miopenstatusallocfailed",
-    "unable to find an engine to execute this computation",  # cuDNN's: no plan whose workspace there is memory for
-    "can't allocate memory",  # torch's allocator on the CPU
-    "not enough memory",
-)
 HIDING = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 LEAST_SHARED = 256 << 20  # bytes of /dev/shm, for the collectives of a few ranks; a container's default is 64 MiB
 
@@ -64,19 +55,6 @@ def resolve_dtype(dtype: str, checkpoint_dtype: str, device: str) -> str:
     if device != "cpu":
         return checkpoint_dtype
     return checkpoint_dtype if checkpoint_dtype == "bfloat16" and _cpu_has_bfloat16() else "float32"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward failed for lack of memory, the device's or the host's: then a smaller batch may succeed.
-
-    Only torch's own allocator raises OutOfMemoryError. The runtime and the libraries that allocate beside it say so in
-    a RuntimeError, or in its subclass AcceleratorError.
-    """
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
 
 
 def use(device: str) -> None:

@@ -30,6 +30,7 @@ from encode_server.engine.profiler import Profiler
 from encode_server.engine.side_by_side import SideBySide
 from encode_server.errors import StartupError, first_line
 from encode_server.models.encoder import Encoder, load_encoder
+from encode_server.models.out_of_memory import is_out_of_memory
 from encode_server.runtime.channel import Channel
 from encode_server.runtime.tracebacks import let_go
 from encode_server.wire import ranks as m
@@ -111,7 +112,7 @@ class Worker:
             write = partial(self._write, command)
             forward_s = _run_here(forward, write) if self._lane is None else self._lane.run(forward, write)
         except Exception as error:
-            done = m.Done(self._rank, command.seq, _one_line(error), devices.is_out_of_memory(error))
+            done = m.Done(self._rank, command.seq, _one_line(error), is_out_of_memory(error))
             let_go(error)
             return done
         return m.Done(self._rank, command.seq, forward_s=forward_s, memory=self.memory())

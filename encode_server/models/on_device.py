@@ -13,8 +13,6 @@ from encode_server.models.prepared import Prepared
 LANCZOS = 1  # Pillow's number; on a GPU torchvision has bicubic interpolation in its place
 KEPT_FREE = 256 << 20  # bytes of the device that a preparer keeps for the next item; the ranks need the rest
 MOST_OFF = 0.05  # error against the CPU, root mean square, as a share of the largest value; rounding makes 0.005
-LOST = (torch.AcceleratorError,)
-"""What the runtime raises when a device is of no further use to this process."""
 
 
 def choose(device: str, process: int) -> str:

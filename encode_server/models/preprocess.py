@@ -17,6 +17,7 @@ from encode_server.media.video import VideoInfo
 from encode_server.models import on_device
 from encode_server.models.checkpoint import Checkpoint
 from encode_server.models.families import family_of
+from encode_server.models.out_of_memory import is_out_of_memory
 from encode_server.models.prepared import Prepared
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
@@ -183,17 +184,22 @@ class Preprocessor:
         self, modality: Modality, options: Mapping[str, Any], prepare: Callable[[Mapping[str, Any]], Prepared]
     ) -> Prepared:
         """What `prepare` makes with these options of the processor, by way of the device where that can be used."""
-        if modality in self._on_device:
-            try:
-                return on_device.to_host(prepare({**options, "device": self._device}))
-            except torch.OutOfMemoryError:
-                pass  # the ranks, or a larger item, have what there is: this item takes the CPU
-            except on_device.LOST as error:
-                self._on_device = frozenset()
-                self._warn(f"{self._device} failed, everything is preprocessed on the CPU: {first_line(error)}")
-            finally:
-                on_device.trim(self._device)
-        return prepare(options)
+        if modality not in self._on_device:
+            return prepare(options)
+        try:
+            prepared = on_device.to_host(prepare({**options, "device": self._device}))
+        except RuntimeError as error:
+            short, reason = is_out_of_memory(error), first_line(error)
+        else:
+            on_device.trim(self._device)
+            return prepared
+        if short:  # the ranks, or a larger item, have what there is: this item takes the CPU
+            on_device.trim(self._device)
+            return prepare(options)
+        prepared = prepare(options)  # raises where the fault is the item's
+        self._on_device = frozenset()
+        self._warn(f"{self._device} failed, everything is preprocessed on the CPU: {reason}")
+        return prepared
 
     def _chooser(self, options: ItemOptions) -> tuple[Callable[[VideoInfo], Sequence[int]], Callable[[], Any]]:
         """What chooses a video's frames with these options, and what tells the metadata that were last chosen from."""

@@ -135,18 +135,26 @@ def test_a_processor_that_gives_something_else_there_keeps_the_cpu(
     assert warnings == ["--preproc-device cuda:0: image is preprocessed on the CPU: its pixel_values are others there"]
 
 
-@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), False),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), False),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+    ],
+    ids=lambda value: str(value).lower().replace(" ", "-"),
+)
 def test_a_device_without_memory_costs_one_item_the_device_and_a_broken_one_all(
-    checkpoints: Checkpoints, lost: bool
+    checkpoints: Checkpoints, error: Exception, lost: bool
 ) -> None:
     path = checkpoints.path("siglip")
     want = preprocessor(path).prepare(IMAGE, MEDIA[IMAGE][0]).tensors["pixel_values"]
     warnings: list[str] = []
 
     def fail(launch: Launch) -> None:
-        if lost:
-            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     with emulated() as device:
         preparing = preprocessor(path, device="cuda:0", warn=warnings.append)

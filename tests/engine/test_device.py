@@ -12,9 +12,10 @@ import torch
 
 from encode_server.engine import device as devices
 from encode_server.engine import rank
-from encode_server.engine.device import choose_precision, is_out_of_memory, resolve_device, resolve_dtype
+from encode_server.engine.device import choose_precision, resolve_device, resolve_dtype
 from encode_server.engine.rank import Worker
 from encode_server.errors import StartupError
+from encode_server.models.out_of_memory import is_out_of_memory
 from encode_server.wire import ranks as m
 from encode_server.wire.modality import Modality
 
