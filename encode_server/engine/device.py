@@ -93,9 +93,19 @@ def choose_precision(dtype: str, *, tf32: bool) -> str:
     if dtype != "float32":
         return f"computing in {dtype}"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32  # of convolutions; true by default
     if tf32:
         return "computing in float32, matrix products in TF32"
     return "computing in float32, matrix products too: --dtype bfloat16 or --tf32 is several times faster"
+
+
+def slow_dtype(dtype: str) -> str | None:
+    """What to tell the operator of a GPU that computes `dtype` only by detours."""
+    import torch
+
+    if dtype != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return None
+    return "this GPU has no instructions for bfloat16: --dtype float16 may be several times faster"
 
 
 def profiler_activity(device: str) -> Any:

@@ -183,6 +183,8 @@ def load(
     else:
         devices.use(device)
         progress(devices.choose_precision(dtype, tf32=setup.tf32))
+        if (slow := devices.slow_dtype(dtype)) is not None:
+            warn(slow)
         if setup.world > 1 and (little := devices.little_shared_memory()) is not None:
             warn(little)
         devices.choose_flash_attention(setup.flash_attention, device)

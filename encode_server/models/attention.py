@@ -5,8 +5,9 @@ transformers hands `cu_seqlens` only to an implementation whose name contains "f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -14,10 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from encode_server.errors import first_line
 from encode_server.models.transfer import to_device
+
+log = logging.getLogger(__name__)
 
 IMPLEMENTATION = "encode_server_flash_segments"
 _LAYOUT = "_encode_server_layout"
+MOST_OFF = 0.05  # of a row of attention over values of about 1; bfloat16 rounds to 0.01
 
 
 class Segments:
@@ -108,13 +113,42 @@ def attend_packed(
 
 
 def _has_flash(q: torch.Tensor) -> bool:
-    """Whether torch's flash kernel takes these states: half precision, heads of a multiple of 8, Ampere or later."""
+    """Whether torch's flash kernel takes these states: half precision, heads of a multiple of 8, Ampere or later (or an
+    AMD GPU, whose capability says nothing), where the kernel works."""
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] % 8 == 0
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and flash_works(q.device)
     )
+
+
+@cache
+def flash_works(device: torch.device) -> bool:
+    """Whether torch's flash kernels give right rows on this GPU, tried once by each process; the first call waits.
+
+    Builds of torch lack these kernels for some GPUs, of AMD's above all, and show that when the kernels are called.
+    """
+    lengths, generator = (64, 33), torch.Generator().manual_seed(0)
+    try:
+        for dim in (72, 80):  # of Qwen's towers; the kernels compute both as heads of 96
+            states = torch.randn(3, sum(lengths), 2, dim, generator=generator).bfloat16()
+            q, k, v = states.float()
+            want = _grouped(q, k, v, Segments(lengths, torch.device("cpu")), None)
+            q, k, v = states.to(device)
+            packed = _varlen(q, k, v, Segments(lengths, device), None)
+            # The first segment alone, in the form for padded batches.
+            q, k, v = (part[None, : lengths[0]].transpose(1, 2) for part in (q, k, v))
+            padded = _flash(q, k, v, None)[0].transpose(0, 1)
+            for got, rows in ((packed, want), (padded, want[: lengths[0]])):
+                error = float((got.cpu().float() - rows).abs().max())
+                if not error <= MOST_OFF:
+                    raise ValueError(f"heads of {dim} are off by {error:.1e}")
+    except Exception as error:
+        log.warning("attention takes a call for each length of segment, not one flash kernel: %s", first_line(error))
+        return False
+    return True
 
 
 def _grouped(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from encode_server.errors import StartupError
+from encode_server.models import attention
 from encode_server.models.families import family_of
 from encode_server.models.families.base import Family
 from encode_server.models.families.generic import Generic
@@ -87,6 +88,8 @@ def load_encoder(
     shard(model, rank=rank, world=world, whole=family.whole)
     speed_up(model, speedups - {Speedup.PACK}, target)
     model = model.to(target)
+    if target.type == "cuda" and DTYPES[dtype] is not torch.float32:
+        attention.flash_works(target)  # waits for the device, which a forward must not
     info = EncoderInfo(
         model_type=checkpoint.model_type,
         dims=family.dims(model),

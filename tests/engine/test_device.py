@@ -120,13 +120,24 @@ def test_a_gpu_computes_in_the_dtype_of_the_checkpoint() -> None:
 
 @pytest.mark.parametrize(("tf32", "says", "precision"), [(False, "--tf32", "highest"), (True, "in TF32", "high")])
 def test_the_log_says_how_float32_is_multiplied(tf32: bool, says: str, precision: str) -> None:
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         assert says in choose_precision("float32", tf32=tf32)
         assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 is tf32, "convolutions say otherwise than products"
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
     assert choose_precision("bfloat16", tf32=True) == "computing in bfloat16"
+
+
+def test_bfloat16_by_detours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: including_emulation)
+    warning = devices.slow_dtype("bfloat16")
+    assert warning is not None and "--dtype float16" in warning
+    assert devices.slow_dtype("float16") is None
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: True)
+    assert devices.slow_dtype("bfloat16") is None
 
 
 def test_little_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
