@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from encode_server.errors import StartupError
 from encode_server.models.prepared import Prepared
 
 LANCZOS = 1  # Pillow's number; on a GPU torchvision has bicubic interpolation in its place
+LARGE = 64 << 20  # bytes, of a block that the allocator takes from its pool for large ones
 KEPT_FREE = 256 << 20  # bytes of the device that a preparer keeps for the next item; the ranks need the rest
 MOST_OFF = 0.05  # error against the CPU, root mean square, as a share of the largest value; rounding makes 0.005
 
@@ -38,6 +40,16 @@ def unfit(processor: Any) -> str | None:
     if (resample := getattr(processor, "resample", None)) is not None and int(resample) == LANCZOS:
         return f"{type(processor).__name__} resizes by Lanczos' method, which no GPU of torchvision's has"
     return None
+
+
+def take_addresses(device: str) -> None:
+    """Have torch's allocator reserve the addresses that it needs for large blocks, before the process' are limited.
+
+    With expandable segments that is more than the GPU's whole memory. Later it would look like a GPU without memory,
+    and every large item would take the CPU.
+    """
+    with contextlib.suppress(RuntimeError):  # what is wrong with the GPU shows in the trial that follows
+        torch.empty(LARGE, dtype=torch.uint8, device=device)
 
 
 def to_host(prepared: Prepared) -> Prepared:

@@ -53,6 +53,7 @@ class Preprocessor:
         self._device, self._warn = device, warn
         self._on_device: frozenset[Modality] = frozenset()
         if device != "cpu":
+            on_device.take_addresses(device)
             self._move(sorted(self.modalities))
 
     def prepare(

@@ -87,6 +87,24 @@ def test_a_family_without_rules_of_its_own(tmp_path: Path) -> None:
     assert warnings == []
 
 
+def test_the_allocator_has_its_addresses_before_they_are_limited(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preparer limits its addresses as soon as its preprocessor is made, whose trial has small items alone."""
+    sizes = list[int]()
+
+    def empty(*size: int, real: Any = torch.empty, **options: Any) -> torch.Tensor:
+        if options.get("device") == "cuda:0":
+            sizes.extend(size)
+            raise torch.OutOfMemoryError("not even that")
+        return real(*size, **options)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with emulated():
+        preprocessor(checkpoints.path("siglip"), device="cuda:0")
+    assert sizes == [on_device.LARGE]
+
+
 def test_audio_keeps_the_cpu_and_is_named(checkpoints: Checkpoints) -> None:
     warnings: list[str] = []
     with emulated() as device:
