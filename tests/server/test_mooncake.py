@@ -21,7 +21,16 @@ ROOM = 1 << 22
 
 @pytest.fixture(scope="module")
 def live(checkpoint, tmp_path_factory):
-    options = ("--protocol", "sglang", "--mooncake-host", "127.0.0.1", "--send-timeout-s", "20")
+    options = (
+        "--protocol",
+        "sglang",
+        "--mooncake-host",
+        "127.0.0.1",
+        "--send-timeout-s",
+        "20",
+        "--mooncake-pool-mb",
+        "8",
+    )
     with LiveServer(checkpoint, tmp_path_factory.mktemp("mooncake"), *options) as server:
         yield server.healthy()
 
@@ -52,7 +61,8 @@ class Rank(PrefillRank):
 
 
 def nothing_is_held(live) -> bool:
-    names = ("encode_requests_in_progress", "encode_registrations", "encode_undelivered_bytes", "encode_inflight_bytes")
+    names = ["encode_requests_in_progress", "encode_registrations", "encode_undelivered_bytes", "encode_inflight_bytes"]
+    names += ["encode_mooncake_pool_bytes", 'encode_pool_full_total{pool="mooncake"}']
     return eventually(lambda: all(live.metric(name) == 0 for name in names), 30)
 
 
