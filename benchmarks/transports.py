@@ -1,7 +1,10 @@
 """One embedding after another from the server's delivery code to a receiver in another process, by every transport.
 
-`python -m benchmarks.transports [--json FILE]`: GB/s, processor time of both sides for each embedding, and how late the
-sender's loop was at worst. Loopback; what is not installed is left out.
+`python -m benchmarks.transports [--origin …] [--json FILE]`: GB/s, processor time of both sides for each embedding, and
+how late the sender's loop was at worst. Loopback; what is not installed is left out.
+
+`--origin`, where an embedding comes from: `cache`: one item on the heap; `arena`: one item that is copied out of the
+ranks' memory, and that nothing else keeps; `items`: four items on the heap.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,8 @@ from encode_server.delivery.nixl import NixlAgent
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.store import TENSOR, EmbeddingStore
 from encode_server.errors import StartupError
-from encode_server.runtime.pools import Pools, run
-from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.runtime.pools import Pace, Pools, run, run_sized
+from encode_server.wire.embedding import Encoded, EncodedItem, OutgoingRoom, releasing
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.modality import Modality
 
@@ -49,6 +52,7 @@ SIZES = {"0.1 MB": (100, 200), "1 MB": (1000, 100), "8 MB": (8000, 30), "60 MB":
 """By name: kilobytes, and how many embeddings."""
 
 DIM = 250  # float32: a row is a kilobyte
+POOL_BYTES = 256 << 20  # registered once
 WARM = 3  # embeddings before the measured ones
 TIMEOUT_S = 60.0
 
@@ -74,11 +78,25 @@ class Figures:
         }
 
 
-def made(kilobytes: int) -> Encoded:
-    """An embedding of random values."""
+def made(kilobytes: int, items: int) -> Encoded:
+    """An embedding of random values, in so many items."""
     values = np.random.default_rng(0).random((kilobytes, DIM), np.float32)
-    item = EncodedItem(ItemInfo(kilobytes, None, "sha256:0"), {}, values.reshape(-1).view(np.uint8).data)
-    return Encoded(Modality.IMAGE, "m", "float32", DIM, [item])
+    return Encoded(Modality.IMAGE, "m", "float32", DIM, [_item(part) for part in np.array_split(values, items)])
+
+
+def _item(values: np.ndarray[Any, Any]) -> EncodedItem:
+    return EncodedItem(ItemInfo(len(values), None, "sha256:0"), {}, values.reshape(-1).view(np.uint8).data)
+
+
+async def copied_out(pools: Pools, encoded: Encoded, room: OutgoingRoom | None) -> Encoded:
+    """The embedding as `Job.copy_embedding` gives it: in `room`, where there is room, else on the heap."""
+    (item,) = encoded.items
+
+    def copy() -> memoryview:
+        there = room.copy(item.data) if room is not None else None
+        return np.frombuffer(item.data, np.uint8).copy().data if there is None else there
+
+    return replace(encoded, items=[replace(item, data=await run_sized(pools.send, Pace.COPY, encoded.nbytes, copy))])
 
 
 # The receiver's process. Each command is a number of embeddings; the answer is the processor time that they took.
@@ -157,7 +175,7 @@ Send = Callable[[Encoded, int], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def sender(transport: str, pipe: Connection, pools: Pools) -> AsyncIterator[Send | None]:
+async def sender(transport: str, pipe: Connection, pools: Pools, origin: str) -> AsyncIterator[Send | None]:
     """Sends one embedding, by its number. None where the receiver asks for it (HTTP)."""
     if transport == "http":
         async with _http(pipe):
@@ -169,12 +187,16 @@ async def sender(transport: str, pipe: Connection, pools: Pools) -> AsyncIterato
     folder: Path | None = None
     try:
         if transport == "mooncake":
-            engine = MooncakeEngine("127.0.0.1", "tcp", "")
+            engine = MooncakeEngine("127.0.0.1", "tcp", "", POOL_BYTES)
             port, session, address = await asyncio.to_thread(pipe.recv)
             writer = engine
 
             async def write(encoded: Encoded, number: int) -> None:
-                await writer.write(session, address, encoded.contiguous())
+                if origin == "arena":
+                    encoded = await copied_out(pools, encoded, writer.room)
+                place = encoded.contiguous, writer.room
+                with releasing(await run_sized(pools.send, Pace.COPY, encoded.nbytes, *place)) as data:
+                    await writer.write(session, address, data)
                 await pusher.push(f"tcp://127.0.0.1:{port}", [b"header"])
 
             yield write
@@ -191,10 +213,12 @@ async def sender(transport: str, pipe: Connection, pools: Pools) -> AsyncIterato
             yield put
             return
         if transport == "nixl":
-            agent = NixlAgent(256 << 20)
+            agent = NixlAgent(POOL_BYTES)
         push = NativePush(pusher, f"tcp://127.0.0.1:{await asyncio.to_thread(pipe.recv)}", pools.send, agent)
 
         async def deliver(encoded: Encoded, number: int) -> None:
+            if origin == "arena":
+                encoded = await copied_out(pools, encoded, agent.room if agent is not None else None)
             await push.deliver(Part(str(number), 0, 1, Modality.IMAGE, "m"), encoded)
 
         yield deliver
@@ -265,7 +289,7 @@ async def _lag(late: list[float]) -> None:
         late.append(loop.time() - due)
 
 
-async def run_all(transports: list[str]) -> dict[str, dict[str, dict[str, float]]]:
+async def run_all(transports: list[str], origin: str) -> dict[str, dict[str, dict[str, float]]]:
     """Every transport with every size; by transport, then size."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     start = multiprocessing.get_context("spawn")
@@ -276,10 +300,10 @@ async def run_all(transports: list[str]) -> dict[str, dict[str, dict[str, float]
         child.start()
         far.close()
         try:
-            async with sender(transport, near, pools) as send:
+            async with sender(transport, near, pools, origin) as send:
                 found[transport] = {}
                 for name, (kilobytes, count) in SIZES.items():
-                    encoded = await run(pools.work, made, kilobytes)
+                    encoded = await run(pools.work, made, kilobytes, 4 if origin == "items" else 1)
                     found[transport][name] = (await measure(send, near, encoded, count)).document()
         except (StartupError, EOFError) as error:
             print(f"{transport}: {error}", file=sys.stderr)
@@ -305,9 +329,10 @@ def show(console: Console, found: dict[str, dict[str, dict[str, float]]]) -> Non
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.transports", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--transports", default="http,zmq,store,mooncake,nixl")
+    parser.add_argument("--origin", choices=("cache", "arena", "items"), default="cache")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    found = uvloop.run(run_all(arguments.transports.split(",")))
+    found = uvloop.run(run_all(arguments.transports.split(","), arguments.origin))
     show(Console(width=110), found)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2))

@@ -215,8 +215,24 @@ def _of_deliveries(s: Settings) -> Iterable[Bound]:
         "encode_undelivered_bytes",
     )
     yield Bound("time of a push", "delivery/push.py", s.send_timeout_s, "s", "502", "send_timeout_s")
+    where = "delivery/outgoing.py"
     yield Bound(
-        "embeddings that wait to be read by NIXL", "delivery/nixl.py", s.nixl_pool_mb, "MiB", "waits", "nixl_pool_mb"
+        "embeddings in memory registered with NIXL",
+        where,
+        s.nixl_pool_mb,
+        "MiB",
+        "pushed over ZMQ",
+        "nixl_pool_mb",
+        "encode_nixl_pool_bytes",
+    )
+    yield Bound(
+        "embeddings in memory registered with Mooncake",
+        where,
+        s.mooncake_pool_mb,
+        "MiB",
+        "registered by itself",
+        "mooncake_pool_mb",
+        "encode_mooncake_pool_bytes",
     )
     yield Bound("transfers by Mooncake, begun or waiting", "delivery/mooncake.py", mooncake.MAX_WAITING, "", "502")
     yield Bound(

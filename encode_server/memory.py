@@ -11,7 +11,7 @@ from encode_server.pipeline.shared.cache import QUEUED_BYTES
 from encode_server.pipeline.shared.mooncake import LOCAL_BYTES, MooncakeAddress
 from encode_server.runtime.cgroups import MOUNT, PROC, granted
 from encode_server.runtime.connections import ConnectionLimits
-from encode_server.service.options import preparer_processes, shared_address
+from encode_server.service.options import preparer_processes, shared_address, uses_mooncake
 from encode_server.settings import Settings
 
 MIB = 1 << 20
@@ -50,7 +50,9 @@ def worst_case(settings: Settings) -> list[Need]:
         Need(f"{processes} preparers", processes * (s.preproc_memory_mb * MIB + LOADED_BYTES)),
     ]
     if s.nixl_pool_mb:
-        needs.append(Need("embeddings that wait to be read by NIXL", s.nixl_pool_mb * MIB))
+        needs.append(Need("memory registered with NIXL", s.nixl_pool_mb * MIB))
+    if uses_mooncake(s):
+        needs.append(Need("memory registered with Mooncake", s.mooncake_pool_mb * MIB))
     if (shared := shared_address(s)) is not None:
         needs.append(Need("embeddings that wait for the shared cache", QUEUED_BYTES))
         if isinstance(shared, MooncakeAddress):

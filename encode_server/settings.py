@@ -209,8 +209,8 @@ class Settings(BaseSettings):
     nixl_pool_mb: int = Field(
         0,
         ge=0,
-        description="memory that destinations may read embeddings from by NIXL, where a request asks for that; 0: "
-        "all are pushed over ZMQ",
+        description="memory, registered once, that destinations may read embeddings from by NIXL, where a request asks "
+        "for that; an embedding that finds no room there is pushed over ZMQ; 0: all are",
     )
     undelivered_mb: int = Field(
         4096, ge=1, description="embeddings waiting for their destinations, on the heap; beyond it 429, one alone 413"
@@ -230,6 +230,12 @@ class Settings(BaseSettings):
         None,
         description="this host's address, for SGLang's transfer backend `mooncake`: prefill servers offer memory, and "
         "embeddings are written there; none: not offered",
+    )
+    mooncake_pool_mb: int = Field(
+        512,
+        ge=0,
+        description="memory, registered once, that embeddings are written to prefills from (used as needed; with rdma, "
+        "pinned as a whole); an embedding that finds no room there is registered for its transfer; 0: all are",
     )
     mooncake_protocol: Literal["tcp", "rdma"] = Field("tcp", description="what Mooncake transfers by")
     mooncake_device: str = Field("", description="RDMA devices that Mooncake uses; empty: its choice")

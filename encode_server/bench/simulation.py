@@ -15,7 +15,7 @@ from typing import Any
 
 from encode_server.bench.goodput import Objective, Step
 from encode_server.bench.virtual import simulated
-from encode_server.engine.arena import Slot
+from encode_server.engine.region import Slot
 from encode_server.errors import StartupError
 from encode_server.pipeline.batcher import Batcher
 from encode_server.pipeline.jobs import Job

@@ -6,12 +6,11 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
+from encode_server.delivery.outgoing import Outgoing, address_of
 from encode_server.errors import DeliveryFailed, StartupError
 from encode_server.runtime.pools import run_to_end
 
@@ -22,10 +21,22 @@ MAX_WAITING = 1024
 
 
 class MooncakeEngine:
-    """Owner of the engine and its threads. `host`: this machine's address, as peers reach it. `device`: an RDMA device,
-    empty for Mooncake's choice. Raises StartupError without the package, or when the engine does not start."""
+    """Owner of the engine, its threads and its memory. `room`: memory that the engine knows from the start, None where
+    there is none; what lies elsewhere is registered for its transfer."""
 
-    def __init__(self, host: str, protocol: str, device: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        protocol: str,
+        device: str,
+        pool_bytes: int = 0,
+        on_full: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`host`: this machine's address, as peers reach it. `device`: an RDMA device, empty for Mooncake's choice.
+        `pool_bytes`: of `room`. `on_full`: called for each embedding that finds no room there.
+
+        Raises StartupError without the package, or when the engine does not start.
+        """
         if protocol == "tcp":
             os.environ.setdefault("MC_FORCE_TCP", "1")
         try:
@@ -40,6 +51,14 @@ class MooncakeEngine:
         self.session = f"{host}:{self._engine.get_rpc_port()}"
         self._pool = ThreadPoolExecutor(WRITERS, "mooncake")
         self._memory = _Registered(self._engine)
+        self.room: Outgoing | None = None
+        if pool_bytes:
+            self.room = Outgoing(pool_bytes, on_full)
+            if self._engine.register_memory(self.room.address, pool_bytes) != 0:
+                raise StartupError(
+                    f"--mooncake-pool-mb: {pool_bytes >> 20} MiB cannot be registered with Mooncake's engine; RDMA "
+                    "locks them in memory, see `ulimit -l`"
+                )
         self._waiting = 0
 
     async def write(self, session: str, address: int, data: memoryview) -> None:
@@ -49,7 +68,8 @@ class MooncakeEngine:
             raise DeliveryFailed(f"{MAX_WAITING} transfers wait already")
         self._waiting += 1
         try:
-            failed = await run_to_end(self._pool, self._write, session, address, data)
+            with data[:] as view:  # its own: the caller may be cancelled, and release its view, before the thread ends
+                failed = await run_to_end(self._pool, self._write, session, address, view)
         finally:
             self._waiting -= 1
         if failed:
@@ -61,13 +81,14 @@ class MooncakeEngine:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _write(self, session: str, address: int, data: memoryview) -> int:
-        source = np.frombuffer(data, np.uint8)
-        if not source.nbytes:
+        if not data.nbytes:
             return 0
-        with self._memory.hold(source.ctypes.data, source.nbytes) as held:
+        source = address_of(data)
+        known = self.room is not None and self.room.holds(data)
+        with contextlib.nullcontext(True) if known else self._memory.hold(source, data.nbytes) as held:
             if not held:
                 return -1
-            return int(self._engine.transfer_sync_write(session, source.ctypes.data, address, source.nbytes))
+            return int(self._engine.transfer_sync_write(session, source, address, data.nbytes))
 
 
 class _Registered:

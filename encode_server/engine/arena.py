@@ -7,52 +7,14 @@ limit of a container's /dev/shm. Only the front allocates, on its event loop; th
 from __future__ import annotations
 
 import asyncio
-import bisect
 import mmap
 import os
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from encode_server.engine.region import Region, Slot
 from encode_server.errors import TooLarge
 from encode_server.wire.layout import ALIGNMENT, aligned
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A granted range of the arena: `offset` and `size` in bytes (`size` is rounded up to the alignment)."""
-
-    offset: int
-    size: int
-
-
-class _Region:
-    """First fit with coalescing over [start, start + size)."""
-
-    def __init__(self, start: int, size: int) -> None:
-        self.start, self.size = start, size
-        self._holes: list[tuple[int, int]] = [(start, size)]  # (offset, size), by offset, never adjacent
-
-    def take(self, size: int) -> Slot | None:
-        for index, (offset, hole) in enumerate(self._holes):
-            if hole >= size:
-                if hole == size:
-                    del self._holes[index]
-                else:
-                    self._holes[index] = (offset + size, hole - size)
-                return Slot(offset, size)
-        return None
-
-    def give(self, slot: Slot) -> None:
-        offset, size = slot.offset, slot.size
-        index = bisect.bisect_left(self._holes, (offset, 0))
-        if index < len(self._holes) and self._holes[index][0] == offset + size:
-            size += self._holes.pop(index)[1]
-        if index and sum(self._holes[index - 1]) == offset:
-            offset, before = self._holes[index - 1][0], self._holes[index - 1][1]
-            self._holes[index - 1] = (offset, before + size)
-        else:
-            self._holes.insert(index, (offset, size))
 
 
 class Arena:
@@ -63,8 +25,8 @@ class Arena:
         self.fd = os.memfd_create("encode-server-arena")
         os.ftruncate(self.fd, self.size)
         self._map = mmap.mmap(self.fd, self.size)
-        self._main = _Region(0, size)
-        self._reserve = _Region(size, reserve)
+        self._main = Region(0, size)
+        self._reserve = Region(size, reserve)
         self._waiters: deque[tuple[asyncio.Future[list[Slot]], list[int]]] = deque()
         self.used = 0
 
@@ -126,7 +88,7 @@ class Arena:
                 waiter.set_result(slots)
             self._waiters.popleft()
 
-    def _grant(self, region: _Region, sizes: Sequence[int]) -> list[Slot] | None:
+    def _grant(self, region: Region, sizes: Sequence[int]) -> list[Slot] | None:
         slots: list[Slot] = []
         for size in sizes:
             slot = region.take(size)

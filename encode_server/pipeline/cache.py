@@ -97,10 +97,14 @@ class EmbeddingCache:
             del self._flights[key]
             del flight  # the error's traceback has this frame, and the flight has the error: a cycle
 
+    def keeps(self, nbytes: int) -> bool:
+        """Whether an embedding of so many bytes would be kept."""
+        return nbytes + ENTRY_OVERHEAD <= self.max_bytes
+
     def keep(self, key: CacheKey, item: EncodedItem) -> None:
         """Keep an embedding that has been found elsewhere, if there is room for one of its size."""
         size = item.data.nbytes + ENTRY_OVERHEAD
-        if size > self.max_bytes or key in self._entries:
+        if not self.keeps(item.data.nbytes) or key in self._entries:
             return
         self._entries[key] = item
         self.bytes += size

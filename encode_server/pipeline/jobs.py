@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from opentelemetry.trace import SpanContext
 
-from encode_server.engine.arena import Arena, Slot
-from encode_server.wire.embedding import embedding_bytes
+from encode_server.engine.arena import Arena
+from encode_server.engine.region import Slot
+from encode_server.wire.embedding import OutgoingRoom, embedding_bytes
 from encode_server.wire.modality import Modality
 from encode_server.wire.preparers import PreparedItem
 from encode_server.wire.ranks import ItemRef, TensorRef
@@ -102,9 +103,12 @@ class Job:
         self._unended = set(pieces)
         return source
 
-    def copy_embedding(self) -> memoryview:
-        """The embedding's bytes, row-major, little-endian, on the heap."""
-        return np.frombuffer(self._arena.view(self._slots[1].offset, self.nbytes), np.uint8).copy().data
+    def copy_embedding(self, room: OutgoingRoom | None = None) -> memoryview:
+        """The embedding's bytes, row-major, little-endian: in `room`, where there is any, else on the heap."""
+        there = self._arena.view(self._slots[1].offset, self.nbytes)
+        if room is not None and (copied := room.copy(there)) is not None:
+            return copied
+        return np.frombuffer(there, np.uint8).copy().data
 
     def release(self) -> None:
         """Give everything back, now or when the ranks are done with it. May be called again."""

@@ -24,7 +24,7 @@ from encode_server.prepare.preparers import Room
 from encode_server.runtime.pools import Pace, Pools, run_sized
 from encode_server.telemetry.metrics import Metrics
 from encode_server.telemetry.tracing import Tracing, recorded_context
-from encode_server.wire.embedding import Encoded, EncodedItem, Wanted, embedding_bytes
+from encode_server.wire.embedding import Encoded, EncodedItem, OutgoingRoom, Wanted, embedding_bytes
 from encode_server.wire.frames import ItemInfo
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.metadata import metadata_of
@@ -255,8 +255,9 @@ class Pipeline:
             clock.lap("copy")
             self._batcher.submit(job)
             await job.finished
-            # To the heap immediately: a slow or late destination must not hold room that the next batch needs.
-            embedding = await run_sized(self._pools.send, Pace.COPY, job.nbytes, job.copy_embedding)
+            # Out of the arena immediately: a slow or late destination must not hold room that the next batch needs.
+            outgoing = _outgoing(request, route, item, job.nbytes)
+            embedding = await run_sized(self._pools.send, Pace.COPY, job.nbytes, job.copy_embedding, outgoing)
         finally:
             job.release()
         tokens, extra = prepared.tokens, prepared.extra
@@ -299,6 +300,14 @@ def _trace_forward(tracing: Tracing, job: Job) -> None:
     forward_s = job.ended_at - job.began_at
     tracing.stage("queue", job.queue_s, ended_s_ago=ago + forward_s)
     tracing.stage("forward", forward_s, ended_s_ago=ago, links=job.batches)
+
+
+def _outgoing(request: EncodeRequest, route: Route, item: MediaItem, nbytes: int) -> OutgoingRoom | None:
+    """Where the item's rows are delivered from, if nothing but the delivery will keep them: what a cache keeps must not
+    hold the room of others' deliveries, nor lie where the transport's peers can write."""
+    kept = route.shared is not None or (route.cache is not None and route.cache.keeps(nbytes))
+    alone = len(request.items) == 1 and item.options.pool is None  # others are put together or reduced first
+    return request.outgoing if alone and not kept else None
 
 
 def _dim(info: EncoderInfo, modality: Modality, pool: Pool | None) -> int:

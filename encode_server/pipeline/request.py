@@ -10,7 +10,7 @@ import msgspec
 
 from encode_server.errors import TooLarge
 from encode_server.pipeline.admission import Ticket
-from encode_server.wire.embedding import Recall
+from encode_server.wire.embedding import OutgoingRoom, Recall
 from encode_server.wire.items import ItemOptions
 from encode_server.wire.modality import Modality
 from encode_server.wire.pools import Pool
@@ -47,7 +47,8 @@ class EncodeRequest:
     """A request in progress. `deadline` is of `time.monotonic()`; `stages` collects seconds by stage for its log line.
     `ticket`: the request's place in the admission, which a health probe does not take. `max_embedding_bytes`: of all
     its items together. `recall`: finds an item where a former request has left it. `on_rows`: called once, with the
-    rows of its embedding, as soon as all items have been prepared or found."""
+    rows of its embedding, as soon as all items have been prepared or found. `outgoing`: where the embedding had
+    best lie for its delivery."""
 
     req_id: str
     modality: Modality
@@ -58,6 +59,7 @@ class EncodeRequest:
     max_embedding_bytes: int | None = None
     recall: Recall | None = None
     on_rows: Callable[[int], None] | None = None
+    outgoing: OutgoingRoom | None = None
     _embedding_bytes: int = 0
     _rows: dict[int, int] = field(default_factory=dict)
     _embeddings: set[int] = field(default_factory=set)

@@ -16,19 +16,20 @@ from encode_server.delivery.sglang.registrations import Offer
 from encode_server.delivery.store import EmbeddingStore, StoreDelivery
 from encode_server.errors import BadRequest, Forbidden
 from encode_server.service.caller import Ask
-from encode_server.wire.embedding import Recall
+from encode_server.wire.embedding import OutgoingRoom, Recall
 
 
 @dataclass(frozen=True)
 class Destination:
     """A delivery, whether the answer to the caller says nothing about it (SGLang's `null`), and what finds items that
     were delivered there before. `announce`: wants to know the embedding's rows, width and dtype as soon as all items
-    are prepared."""
+    are prepared. `room`: where the embedding had best lie."""
 
     delivery: Delivery
     silent: bool = False
     recall: Recall | None = None
     announce: Callable[[str, int, int, str], None] | None = None
+    room: OutgoingRoom | None = None
 
 
 class Destinations:
@@ -69,8 +70,8 @@ class Destinations:
         if ask.frames == "sglang" and self._sglang is None:
             raise BadRequest("frames is 'sglang', which only a server with --protocol sglang pushes")
         if self._sglang is not None and ask.frames != "native" and ask.prefill_host is not None:
-            push = await self._to_sglang(self._sglang, ask, ask.prefill_host, client, held)
-            return Destination(push, silent=True, announce=push.announce)
+            to_sglang = await self._to_sglang(self._sglang, ask, ask.prefill_host, client, held)
+            return Destination(to_sglang, silent=True, announce=to_sglang.announce, room=to_sglang.room)
         if (ask.prefill_host is None) != (ask.embedding_port is None):
             raise BadRequest("prefill_host and embedding_port go together: one is missing")
         if ask.prefill_host is None or ask.embedding_port is None:
@@ -78,7 +79,9 @@ class Destinations:
         if isinstance(ask.embedding_port, list):
             raise BadRequest("embedding_port is a list, which SGLang's frames alone go to")
         endpoint = await self.policy.endpoint(ask.prefill_host, ask.embedding_port, client=client)
-        return Destination(NativePush(self._pusher, endpoint, self._pool, self._nixl if ask.readable else None))
+        nixl = self._nixl if ask.readable else None
+        push = NativePush(self._pusher, endpoint, self._pool, nixl)
+        return Destination(push, room=nixl.room if nixl is not None else None)
 
     async def _to_sglang(
         self, sglang: SGLangDeliveries, ask: Ask, host: str, client: str, held: contextlib.ExitStack

@@ -24,6 +24,8 @@ def show_gauges(server: Server) -> None:
         metrics.shared_queued.show(shared.queued_bytes, shared.max_queued_bytes)
         metrics.shared_up["get"].set(shared.asking)
         metrics.shared_up["put"].set(shared.writing)
+    for pool, room in server.outgoing.items():
+        metrics.pool_held[pool].show(room.used_bytes, room.max_bytes)
     metrics.at_door.set(server.admission.waiting)
     metrics.registrations.set(len(server.sglang.registrations) if server.sglang else 0)
     metrics.ready.set(server.unavailable() is None)

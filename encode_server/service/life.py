@@ -116,7 +116,7 @@ async def _encode_and_deliver(server: Server, caller: Caller, ask: Ask, request:
             async with caller.until_gone(), _until(request.deadline):
                 destination = await server.destinations.resolve(ask, request.req_id, request.client, held)
                 if destination is not None:
-                    request.recall = destination.recall
+                    request.recall, request.outgoing = destination.recall, destination.room
                     if destination.announce is not None:
                         request.on_rows = partial(_announce, server, request, destination.announce)
                 encoded = await server.encode(request)

@@ -8,6 +8,7 @@ import msgspec
 
 from encode_server.delivery.folder import EntryFolder
 from encode_server.delivery.mooncake import MooncakeEngine
+from encode_server.delivery.nixl import NixlAgent
 from encode_server.engine.group import GroupSpec
 from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
@@ -19,6 +20,7 @@ from encode_server.pipeline.shared.redis import RedisAddress, RedisStore, parse_
 from encode_server.prepare.preparers import PreparerSpec
 from encode_server.runtime.cores import usable_cores
 from encode_server.settings import Settings
+from encode_server.telemetry.metrics import Metrics
 from encode_server.wire.checkpoint import Inspection
 from encode_server.wire.modality import Modality
 from encode_server.wire.preparers import PreparerSetup
@@ -113,11 +115,29 @@ def shared_store(settings: Settings, address: RedisAddress | MooncakeAddress) ->
         raise StartupError(f"--shared-cache: pip install 'encode-server[mooncake]' ({error})") from None
 
 
-def mooncake_engine(settings: Settings) -> MooncakeEngine | None:
+def uses_mooncake(settings: Settings) -> bool:
+    """Whether the options want embeddings to be written into the memory of prefills."""
+    return settings.mooncake_host is not None and settings.protocol == "sglang"
+
+
+def mooncake_engine(settings: Settings, metrics: Metrics) -> MooncakeEngine | None:
     """What writes into the memory of prefills, None where the options want none. Raises StartupError."""
-    if settings.mooncake_host is None or settings.protocol != "sglang":
+    if settings.mooncake_host is None or not uses_mooncake(settings):
         return None
-    return MooncakeEngine(settings.mooncake_host, settings.mooncake_protocol, settings.mooncake_device)
+    return MooncakeEngine(
+        settings.mooncake_host,
+        settings.mooncake_protocol,
+        settings.mooncake_device,
+        settings.mooncake_pool_mb << 20,
+        metrics.pool_full["mooncake"].inc,
+    )
+
+
+def nixl_agent(settings: Settings, metrics: Metrics) -> NixlAgent | None:
+    """What lets destinations read embeddings, None where the options want none. Raises StartupError."""
+    if not settings.nixl_pool_mb:
+        return None
+    return NixlAgent(settings.nixl_pool_mb << 20, metrics.pool_full["nixl"].inc)
 
 
 def entry_folder(settings: Settings) -> EntryFolder | None:

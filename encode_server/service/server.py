@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
-from encode_server.delivery.nixl import NixlAgent
+from encode_server.delivery.outgoing import Outgoing
 from encode_server.delivery.push import Pusher
 from encode_server.delivery.sglang.announcer import Announcer, advertised_host
 from encode_server.delivery.sglang.deliveries import SGLangDeliveries
@@ -44,6 +44,7 @@ from encode_server.service.options import (
     entry_folder,
     media_limits,
     mooncake_engine,
+    nixl_agent,
     shared_address,
     shared_store,
 )
@@ -91,8 +92,13 @@ class Server:
         self.folder = entry_folder(settings)
         self.shared: SharedCache | None = None
         self._shared_address = shared_address(settings)
-        self._mooncake = mooncake_engine(settings)
-        self.nixl = NixlAgent(settings.nixl_pool_mb << 20) if settings.nixl_pool_mb else None
+        self._mooncake = mooncake_engine(settings, self.metrics)
+        self._nixl = nixl_agent(settings, self.metrics)
+        self.outgoing: dict[str, Outgoing] = {}  # by transport: memory for embeddings on their way
+        if self._mooncake is not None and self._mooncake.room is not None:
+            self.outgoing["mooncake"] = self._mooncake.room
+        if self._nixl is not None:
+            self.outgoing["nixl"] = self._nixl.room
         self._profiling = Profiling(settings.profile_dir)
         self._announcer = Announcer(
             settings.register_url,
@@ -152,10 +158,10 @@ class Server:
                 self.sglang,
                 store,
                 keyed=bool(settings.api_keys),
-                nixl=self.nixl,
+                nixl=self._nixl,
             )
-            if self.nixl is not None:
-                stack.callback(self.nixl.close)
+            if self._nixl is not None:
+                stack.callback(self._nixl.close)
             self.pools = pools
             stack.callback(gc.unfreeze)  # or modules that count their objects at the end call them leaked
             self._announcer.start(settings.advertise_port or self.port)

@@ -195,7 +195,7 @@ def _levels(server: Server) -> Iterable[Level]:
         yield level("preparers' threads", preparers.threads_busy, preparers.threads, "", "preproc_workers")
         yield level("oldest forward", slowest.forward_age_s() or 0.0, slowest.limit_s(), "s", "stall_s")
         yield level("cache", encoding.cache.bytes, encoding.cache.max_bytes, "bytes", "cache_gb")
-    if (nixl := server.nixl) is not None:
-        yield level("embeddings to be read by NIXL", nixl.used_bytes, nixl.max_bytes, "bytes", "nixl_pool_mb")
+    for pool, room in server.outgoing.items():
+        yield level(f"memory registered with {pool}", room.used_bytes, room.max_bytes, "bytes", f"{pool}_pool_mb")
     if (folder := server.folder) is not None:
         yield level("embedding store", folder.used_bytes, folder.max_bytes, "bytes", "ec_store_gb", "store")

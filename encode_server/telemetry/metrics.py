@@ -162,6 +162,14 @@ class Metrics:
             "encode_shared_cache_queued_bytes", "Bytes of embeddings that wait to be written to the shared cache"
         )
         self.store_held = self._bounded("encode_store_bytes", "Bytes in the embedding store, as last counted")
+        self.pool_held = {
+            "mooncake": self._bounded("encode_mooncake_pool_bytes", "Bytes of embeddings in Mooncake's memory"),
+            "nixl": self._bounded("encode_nixl_pool_bytes", "Bytes of embeddings in NIXL's memory"),
+        }
+        self.pool_full = _children(
+            self._counter("encode_pool_full", "Embeddings that found no room in registered memory", "pool"),
+            ("mooncake", "nixl"),
+        )
         self.threads_held = self._bounded("encode_preparer_threads_busy", "Preparers' threads that prepare an item")
         self.refusals = _children(
             self._counter("encode_refusals", "Requests refused, by the bound that refused", "bound"), REFUSING

@@ -29,6 +29,7 @@ class World:
     """The deliveries, and what reached the outside."""
 
     def __init__(self, wait_s: float = WAIT_S) -> None:
+        self.room = None
         self.written: list[tuple[str, int, bytes]] = []
         self.pushed: list[tuple[str, int]] = []
         self.told: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 
 import msgspec
 import numpy as np
@@ -20,8 +21,9 @@ from encode_server.errors import DeliveryFailed
 from encode_server.runtime.pools import Pools
 from encode_server.vllm.inbox import Inbox
 from encode_server.vllm.shelf import Shelf
-from encode_server.wire.embedding import Encoded, EncodedItem
+from encode_server.wire.embedding import Encoded, EncodedItem, releasing
 from encode_server.wire.frames import ItemInfo, RemoteMemory
+from encode_server.wire.layout import ALIGNMENT
 from encode_server.wire.modality import Modality
 from encode_server.wire.remote import agent_types
 from tests.live import eventually
@@ -62,7 +64,7 @@ def test_a_receiver_reads_many_embeddings_of_every_size():
                 for seed in range(5):
                     got = await receiver.receive(f"{rows}-{seed}", timeout=20)
                     assert bytes(got.data) == bytes(encoded(rows, seed).items[0].data)
-            assert agent._arena.used == 0 and not agent._taken and receiver.rejected == 0
+            assert agent.room.used_bytes == 0 and not agent._taken and receiver.rejected == 0
 
     asyncio.run(scenario())
 
@@ -77,29 +79,75 @@ def test_a_receiver_that_does_not_read_holds_nothing_for_long():
             with pytest.raises(DeliveryFailed, match="did not read"):
                 await push(receiver.port).deliver(PART, encoded(1000))
             assert receiver.rejected == 1  # it says that it does not do that
-            assert agent._arena.used == 0 and not agent._taken
+            assert agent.room.used_bytes == 0 and not agent._taken
 
     asyncio.run(scenario())
 
 
-def test_what_is_larger_than_the_memory_is_an_error():
+def test_what_finds_no_room_is_pushed():
     async def scenario():
-        async with desk(pool_mb=1) as (push, _), EmbeddingReceiver(nixl=True) as receiver:
-            with pytest.raises(DeliveryFailed, match="smaller"):
-                await push(receiver.port).deliver(PART, encoded(8192))
+        async with desk(pool_mb=1) as (push, agent), EmbeddingReceiver(nixl=True) as receiver:
+            others = agent.room.copy(memoryview(bytes(900_000)))
+            for rows in (8192, 1000):  # larger than the memory; larger than what is free
+                await push(receiver.port).deliver(part_of(str(rows)), encoded(rows))
+                got = await receiver.receive(str(rows), timeout=20)
+                assert bytes(got.data) == bytes(encoded(rows).items[0].data)
+            assert agent.room.used_bytes == -(-others.nbytes // ALIGNMENT) * ALIGNMENT
 
     asyncio.run(scenario())
+
+
+def test_an_embedding_is_copied_into_the_memory_once_and_registers_nothing(monkeypatch):
+    async def scenario():
+        async with desk() as (push, agent), EmbeddingReceiver(nixl=True) as receiver:
+            registered = []
+            monkeypatch.setattr(agent._agent, "register_memory", registered.append)
+            for number in range(3):
+                made = encoded(1000, number)
+                there = agent.room.copy(made.items[0].data)
+                made.items[0] = EncodedItem(made.items[0].info, {}, there)
+                assert agent.room.holds(made.contiguous(agent.room))
+                used = agent.room.used_bytes
+                delivery = asyncio.create_task(push(receiver.port).deliver(part_of(str(number)), made))
+                got = await receiver.receive(str(number), timeout=20)
+                assert bytes(got.data) == bytes(there) and agent.room.used_bytes == used
+                await delivery
+                del there, made, delivery
+                assert agent.room.used_bytes == 0
+            assert not registered
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_delivery_gives_its_room_back():
+    async def scenario():
+        async with desk() as (push, agent), EmbeddingReceiver() as receiver:  # who does not read
+            delivery = asyncio.create_task(push(receiver.port).deliver(PART, encoded(8000)))
+            while not agent._taken:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            assert agent.room.used_bytes > 0
+            delivery.cancel()
+            await asyncio.gather(delivery, return_exceptions=True)
+            assert agent.room.used_bytes == 0 and not agent._taken
+
+    gc.collect()
+    gc.disable()  # the room must come back by itself
+    try:
+        asyncio.run(scenario())
+    finally:
+        gc.enable()
 
 
 def test_memory_that_holds_something_else_by_now_is_found():
     async def scenario():
         async with desk() as (_, agent):
             reader = RemoteReader()
-            async with agent.offer(encoded(1000).items[0].data) as (memory, _):
-                assert await asyncio.to_thread(reader.read, memory, 256_000)
-            async with agent.offer(encoded(1000, 1).items[0].data):
-                with pytest.raises(ProtocolError, match="other bytes"):
-                    await asyncio.to_thread(reader.read, memory, 256_000)
+            with releasing(encoded(1000).contiguous(agent.room)) as data:
+                async with agent.offer(data) as (memory, _):
+                    assert await asyncio.to_thread(reader.read, memory, 256_000)
+            other = encoded(1000, 1).contiguous(agent.room)
+            with releasing(other), pytest.raises(ProtocolError, match="other bytes"):
+                await asyncio.to_thread(reader.read, memory, 256_000)
 
     asyncio.run(scenario())
 

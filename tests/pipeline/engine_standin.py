@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from encode_server.engine.arena import Arena, Slot
+from encode_server.engine.arena import Arena
 from encode_server.engine.group import GroupLost
+from encode_server.engine.region import Slot
 from encode_server.runtime.changes import Changes
 from encode_server.wire.modality import Modality
 from encode_server.wire.ranks import Done, EncoderInfo, ItemRef

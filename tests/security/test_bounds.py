@@ -61,6 +61,7 @@ def test_the_worst_case_is_the_sum_of_its_parts_and_follows_the_options(monkeypa
     ("options", "more_mb"),
     [
         ({"nixl_pool_mb": 100}, 100),
+        ({"mooncake_host": "10.0.0.1", "protocol": "sglang", "mooncake_pool_mb": 50}, 50),
         ({"shared_cache": "redis://host"}, 128),
         ({"shared_cache": "mooncake://host:1/64", "mooncake_host": "10.0.0.1"}, 128 + 128 + 64),
     ],

@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.slow]  # a server of its own; tests/delivery/test_land
 engine = pytest.importorskip("mooncake.engine", reason="Mooncake is not installed")
 
 ROOM = 1 << 22
+OPTIONS = ("--protocol", "sglang", "--mooncake-host", "127.0.0.1", "--mooncake-pool-mb", "8", "--send-timeout-s", "20")
 
 
 @pytest.fixture(scope="module")
 def live(checkpoint, tmp_path_factory):
-    options = ("--protocol", "sglang", "--mooncake-host", "127.0.0.1", "--send-timeout-s", "20")
-    with LiveServer(checkpoint, tmp_path_factory.mktemp("mooncake"), *options) as server:
+    with LiveServer(checkpoint, tmp_path_factory.mktemp("mooncake"), *OPTIONS) as server:
         yield server.healthy()
 
 
@@ -52,7 +52,8 @@ class Rank(PrefillRank):
 
 
 def nothing_is_held(live) -> bool:
-    names = ("encode_requests_in_progress", "encode_registrations", "encode_undelivered_bytes", "encode_inflight_bytes")
+    names = ["encode_requests_in_progress", "encode_registrations", "encode_undelivered_bytes", "encode_inflight_bytes"]
+    names += ["encode_mooncake_pool_bytes", 'encode_pool_full_total{pool="mooncake"}']
     return eventually(lambda: all(live.metric(name) == 0 for name in names), 30)
 
 
@@ -91,3 +92,15 @@ def test_a_rank_that_is_gone_when_its_memory_is_written_to(live):
         assert encode.result().status_code == 502
         assert rank.nothing_came()
     assert nothing_is_held(live)
+
+
+def test_the_server_ends_while_a_prefill_has_not_said_where(checkpoint, tmp_path):
+    options = (*OPTIONS, "--cache-gb", "0", "--grace-s", "0.5")
+    with LiveServer(checkpoint, tmp_path, *options) as server, Rank() as rank, ThreadPoolExecutor(1) as pool:
+        server.healthy()
+        encode = pool.submit(post, server, "/encode", body("slow", data_uri(png(5, 112))))
+        nbytes = rank.size(server, "slow").json()["embedding_size"]
+        assert eventually(lambda: server.metric("encode_mooncake_pool_bytes") >= nbytes, 30)  # copied straight there
+        assert server.terminate() == 0
+        assert encode.result().status_code >= 500
+        assert not server.leftovers()

@@ -22,7 +22,7 @@ from encode_server.delivery.sglang.registrations import (
 from encode_server.delivery.sglang.sizes import Size, Sizes
 from encode_server.errors import DeadlineExceeded, DeliveryFailed, EncodeError
 from encode_server.runtime.pools import Pace, run_sized
-from encode_server.wire.embedding import Encoded, embedding_bytes
+from encode_server.wire.embedding import Encoded, OutgoingRoom, embedding_bytes, releasing
 from encode_server.wire.preparers import Pickled
 
 TorchPickles = Callable[[str, list[list[int]] | None, list[float] | None], Awaitable[Pickled]]
@@ -31,6 +31,10 @@ TorchPickles = Callable[[str, list[list[int]] | None, list[float] | None], Await
 
 class Mooncake(Protocol):
     """Whoever writes into other processes' memory; see `delivery.mooncake.MooncakeEngine`."""
+
+    @property
+    def room(self) -> OutgoingRoom | None:
+        """Where embeddings had best lie."""
 
     async def write(self, session: str, address: int, data: memoryview) -> None:
         """Write all of `data` there. Raises DeliveryFailed."""
@@ -56,6 +60,11 @@ class SGLangPush:
         self._mooncake, self._sizes = mooncake, sizes
         self._served: set[str] = set()  # endpoints that have the embedding
 
+    @property
+    def room(self) -> OutgoingRoom | None:
+        """Where the embedding had best lie; None where no destination can offer its memory."""
+        return self._mooncake.room if self._mooncake is not None and self._sizes is not None else None
+
     def announce(self, req_id: str, rows: int, dim: int, dtype: str) -> None:
         """The embedding will be [rows, dim] values of `dtype`."""
         if self._sizes is not None:
@@ -65,13 +74,16 @@ class SGLangPush:
         """See `Delivery`. Raises DeadlineExceeded when a destination does not come in time."""
         self.announce(part.req_id, *encoded.shape, encoded.dtype)
         header = self._frames.header(part, encoded, await self._pickles(*torch_values(encoded)))
-        data = await run_sized(self._pool, Pace.COPY, encoded.nbytes, encoded.contiguous)
+        with releasing(await run_sized(self._pool, Pace.COPY, encoded.nbytes, encoded.contiguous, self.room)) as data:
+            await self._serve_all(header, data)
+
+    async def _serve_all(self, header: bytes, data: memoryview) -> None:
         pushes: list[asyncio.Task[None]] = []
         try:
             try:
                 async with asyncio.timeout(self._wait_s):
                     async for endpoint in self._destinations.arrivals():
-                        pushes.append(asyncio.create_task(self._serve(endpoint, header, data)))
+                        pushes.append(asyncio.create_task(self._serve(endpoint, header, data[:])))
             except TimeoutError:
                 wanted = self._destinations.wanted
                 came = f"{len(pushes)} of {wanted} destinations" if wanted else "no destination"
@@ -98,7 +110,8 @@ class SGLangPush:
                 self._pusher.notify(endpoint, [frame])
 
     async def _serve(self, endpoint: str, header: bytes, data: memoryview) -> None:
-        await self._send(endpoint, header, data)
+        with releasing(data):
+            await self._send(endpoint, header, data)
         self._served.add(endpoint)
 
     async def _send(self, endpoint: str, header: bytes, data: memoryview) -> None:
