@@ -140,6 +140,7 @@ def test_honest_clients_beside_strangers(checkpoint, tmp_path):
         )
         assert not lost and not lost_alone, (lost[:3], lost_alone[:3])
         assert server.process.poll() is None
+        assert "Traceback" not in server.log, "a fault of ours"
         assert group is None or not killed(group)
         assert httpx.get(server.base_url + "/livez", timeout=30).status_code == 200
         assert p99(beside) < 2 * max(p99(alone), p99(elsewhere))
