@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import uvloop
 
 from encode_server.errors import BadMedia, TooLarge
-from encode_server.media.arriving import FIRST_BYTES, Arriving
 from encode_server.media.limits import MediaLimits
 from encode_server.media.sources import MediaSource
-
-from .web_server import web_server
+from encode_server.runtime.arriving import FIRST_BYTES, Arriving
+from tests.media.web_server import web_server
 
 MIB = 1 << 20
 
