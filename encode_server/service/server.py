@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
+from anyio.lowlevel import checkpoint
+
 from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
@@ -125,6 +127,7 @@ class Server:
                 stack.push_async_callback(asyncio.to_thread, self.tracing.close)
             self.arena = Arena(settings.arena_mb << 20, PROBE_BYTES * settings.dp)
             stack.callback(self.arena.close)
+            await checkpoint()  # or the first download would import what this imports: 50 ms of the loop
             source = MediaSource(settings.media_allow, settings.media_roots, media_limits(settings), pools.work)
             stack.push_async_callback(source.aclose)
             pusher = Pusher(settings.send_timeout_s)

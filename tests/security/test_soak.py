@@ -128,6 +128,7 @@ def test_honest_clients_beside_strangers(checkpoint, tmp_path):
             time.sleep(2)
             elsewhere, _ = honest(server, min(20, seconds / 4), 2000)
         with attacked(port, media_port, only):
+            time.sleep(2)  # until they have been started: what that costs is not the server's
             beside, lost = honest(server, seconds, 3000)
         used = (group / "memory.max_usage_in_bytes") if group is not None else None
         most = f"{int(used.read_text()) >> 20}" if used is not None and used.exists() else "?"
