@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 FIRST_BYTES = 64 << 10
-HUGE_BYTES = 8 << 20  # from here on, pages of 2 MiB: at most a quarter more memory than has arrived
+BODY_BYTES = 4 << 20  # of a request's body: the C library has memory for the next one ready, a map is filled anew
+HUGE_BYTES = 8 << 20  # a map of this size has pages of 2 MiB: far fewer to fill
 
 Raw = bytes | bytearray | mmap.mmap
 """Bytes that can be searched, sliced and decoded where they lie."""
 
 
 class Arriving:
-    """Pieces one after another; what is large lies in memory of its own that goes back to the kernel with this object.
+    """Pieces one after another. What is longer than `first_bytes` lies in memory of its own, which goes back to the
+    kernel with this object.
 
     Not a list of pieces: two bytes that come by themselves would take 56 bytes. Nor memory of the C library, which
     keeps nearly all of what many downloads held for as long as something small lies behind it, and which copies what
     has come already, 10 ms for 16 MB, again and again as it grows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, first_bytes: int = FIRST_BYTES) -> None:
+        self._first_bytes = first_bytes
         self._small = bytearray()
         self._map: mmap.mmap | None = None
         self._size = 0
@@ -30,7 +34,7 @@ class Arriving:
     def append(self, piece: bytes) -> None:
         """Keep a piece."""
         end = self._size + len(piece)
-        if self._map is None and end <= FIRST_BYTES:
+        if self._map is None and end <= self._first_bytes:
             self._small += piece
         else:
             self._mapped(end)[self._size : end] = piece
@@ -47,10 +51,8 @@ class Arriving:
         """Give the memory back to the kernel, which takes up to 60 ms for a gigabyte: a matter for a thread. What
         somebody still looks at stays until they are done."""
         if self._map is not None:
-            try:
+            with contextlib.suppress(BufferError):
                 self._map.close()
-            except BufferError:
-                pass
         self._map, self._size, self._small = None, 0, bytearray()
 
     def take(self) -> bytes:
@@ -62,14 +64,18 @@ class Arriving:
     def _mapped(self, nbytes: int) -> mmap.mmap:
         """The memory, with room for `nbytes`. Growth copies nothing, and pages count once they are written."""
         if self._map is None:
-            self._map = mmap.mmap(-1, max(4 * FIRST_BYTES, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            room = max(4 * FIRST_BYTES, 2 * self._first_bytes, nbytes)
+            self._map = mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._advise(self._map)
             self._map[: self._size] = self._small
             self._small = bytearray()
         elif nbytes > len(self._map):
             self._map.resize(max(2 * len(self._map), nbytes))
-            if len(self._map) > HUGE_BYTES:
-                try:
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
-                except OSError:  # a kernel without them
-                    pass
+            self._advise(self._map)
         return self._map
+
+    @staticmethod
+    def _advise(memory: mmap.mmap) -> None:
+        if len(memory) >= HUGE_BYTES:
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)

@@ -13,7 +13,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from encode_server.errors import BadRequest, TooLarge, TooSlow
-from encode_server.runtime.arriving import Arriving, Raw
+from encode_server.runtime.arriving import BODY_BYTES, Arriving, Raw
 from encode_server.runtime.caller import CallerGone
 from encode_server.runtime.charge import Charge, free
 
@@ -95,7 +95,7 @@ async def read_all(
 ) -> Arriving:
     """The whole body. `pool`: gives the memory back of a large one that does not come to its end. Raises as `chunks`
     does."""
-    body = Arriving()
+    body = Arriving(BODY_BYTES)
     try:
         async for chunk in chunks(request, max_bytes, least_rate, charge):
             body.append(chunk)

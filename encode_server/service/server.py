@@ -35,6 +35,7 @@ from encode_server.runtime.forkserver import Forkserver, Launched
 from encode_server.runtime.notify import notify
 from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
+from encode_server.runtime.turns import ClientTurns
 from encode_server.service.destinations import Destinations
 from encode_server.service.encoding import Encoding, build, inspect_checkpoint, take_fingerprint
 from encode_server.service.gauges import show_gauges
@@ -81,6 +82,7 @@ class Server:
         self.history = History()
         self.started_at = time.time()
         self.port = settings.port  # whoever binds the socket corrects it
+        self.body_turns = ClientTurns(lambda: self.admission.clients)
         self.patient = settings.protocol == "sglang"
         self.admission = Admission(admission_limits(settings))
         self.active = ActiveParts()
