@@ -108,8 +108,15 @@ async def read_json(
 ) -> R:
     """What `then`, in a thread of the pool, makes of the JSON body as `kind`. Raises as `read_encode` does."""
     check_length(request, limits.max_bytes)
-    raw = await read_all(request, limits.max_bytes, limits.least_rate, charge)
-    return await run_sized(pool, Pace.JSON, len(raw), lambda: then(outline(raw, kind, json_limits(limits.max_items))))
+    body = await read_all(request, limits.max_bytes, limits.least_rate, charge, pool)
+
+    def parsed() -> R:
+        try:
+            return then(outline(body.whole(), kind, json_limits(limits.max_items)))
+        finally:
+            body.close()
+
+    return await run_sized(pool, Pace.JSON, len(body), parsed)
 
 
 def check_length(request: Request, max_bytes: int) -> None:

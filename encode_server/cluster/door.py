@@ -88,7 +88,7 @@ class Door:
                 )
             options = self._options
             with self._admission.admit(client, declared_length(request)) as ticket:
-                body = bytes(await read_all(request, options.max_body_bytes, options.least_rate, ticket.grow))
+                body = (await read_all(request, options.max_body_bytes, options.least_rate, ticket.grow)).take()
                 return await self._answer(_scope(request), body)
         except CallerGone:
             return Response(status_code=CALLER_GONE)

@@ -37,6 +37,9 @@ from encode_server.wire import ranks as m
 
 NICE = 5  # of a rank on a CPU: the front runs rarely and briefly on the same cores, but must run immediately
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
+CORE_FLOPS = (
+    1e9  # a core for each: what is less, a few milliseconds, takes longer in two parts that wait for each other
+)
 ON_A_CPU = 8  # most concurrent batches: beyond that, Python's own part of a forward, one thread at a time, counts
 MEMORY_S = 2.0  # between two answers that say how much of the device's memory is used
 ON_A_GPU = 2  # batches in progress: while one computes, the other is launched, and its embeddings are copied out
@@ -87,6 +90,12 @@ class Worker:
     def info(self) -> m.EncoderInfo:
         """What was loaded."""
         return self._encoder.info
+
+    def most_cores(self, command: m.Forward) -> int:
+        """How many cores of a CPU the batch is worth: each weight is used once for each patch or mel frame."""
+        info = self._encoder.info
+        weights = float(info.weight_bytes / getattr(torch, info.dtype).itemsize)
+        return math.ceil(2.0 * weights * sum(item.cost for item in command.items) / CORE_FLOPS)
 
     def close(self) -> None:
         """Release the store; no forward may run any more."""
@@ -149,7 +158,7 @@ def serve(channel: Channel, worker: Worker, profiler: Profiler, rank: int, threa
     while True:
         match m.decode_command(channel.receive()[0]):
             case m.Forward() as command if threads is not None and not profiler.running:
-                threads.submit(partial(_forward_and_post, worker, command, channel))
+                threads.submit(partial(_forward_and_post, worker, command, channel), worker.most_cores(command))
             case m.Forward() as command:
                 channel.send(m.encode(worker.forward(command)))
                 with contextlib.suppress(Exception):  # a profile that fails is no reason to lose the rank

@@ -13,11 +13,11 @@ import httpx
 from encode_server import __version__
 from encode_server.errors import BadMedia
 from encode_server.media.addresses import Address, parse_address
-from encode_server.media.arriving import Arriving
 from encode_server.media.limits import MediaLimits
 from encode_server.media.network import MediaNetwork
 from encode_server.media.patience import PatientNetwork, PatientStream
 from encode_server.media.policy import UrlPolicy, refusal
+from encode_server.runtime.arriving import Arriving
 from encode_server.runtime.charge import Charge, free
 from encode_server.runtime.resolving import Resolver as SystemResolver
 from encode_server.runtime.slots import FairSlots

@@ -136,6 +136,11 @@ class Admission:
         return len(self._door)
 
     @property
+    def clients(self) -> int:
+        """How many clients have requests in progress."""
+        return len(self._clients)
+
+    @property
     def most_of_one_client(self) -> int:
         """The most requests in progress that one client has."""
         return max((held.requests for held in self._clients.values()), default=0)

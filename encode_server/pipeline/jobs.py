@@ -98,7 +98,7 @@ class Job:
             inputs = tuple(TensorRef(t.name, t.dtype, t.shape, source + t.offset) for t in piece.tensors)
             output = TensorRef("embedding", dtype, (piece.tokens, dim), target)
             target += embedding_bytes(piece.tokens, dim, dtype)
-            pieces.append(Piece(self, ItemRef(inputs, output), piece.cost, piece.pairs))
+            pieces.append(Piece(self, ItemRef(inputs, output, piece.cost), piece.cost, piece.pairs))
         self.pieces = tuple(pieces)
         self._unended = set(pieces)
         return source

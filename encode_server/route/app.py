@@ -32,6 +32,7 @@ from encode_server.route.status import route_status
 from encode_server.route.telemetry import Observed, PassesOn, RouteMetrics
 from encode_server.route.vllm import ForEngine, VLLMFace
 from encode_server.route.work import Document, concurrently
+from encode_server.runtime.arriving import Raw
 from encode_server.runtime.bodies import declared_length, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
 from encode_server.runtime.outline import Outline, outline
@@ -196,9 +197,10 @@ class Router:
                 if encode and (refusal := await self._engine.refusal(request.headers)) is not None:
                     return refusal
                 options = self._options
-                raw = await read_all(request, options.max_body_mb << 20, options.least_rate_kb << 10, ticket.grow)
+                limits = options.max_body_mb << 20, options.least_rate_kb << 10
+                raw = (await read_all(request, *limits, ticket.grow, self._pool)).whole()
                 async with until_caller_goes(request):
-                    ready = ForEngine([raw])
+                    ready = ForEngine([memoryview(raw)])
                     if encode:
                         ready = await self._encoded(request.scope["path"], request.headers, raw)
                     del raw  # the pieces of `ready` are given away as the engine takes them
@@ -218,16 +220,16 @@ class Router:
             late = isinstance(error, TimeoutError)
             return error_response(504 if late else 502, "media could not be encoded: no encoder answered")
 
-    async def _encoded(self, path: str, headers: Mapping[str, str], raw: bytearray) -> ForEngine:
+    async def _encoded(self, path: str, headers: Mapping[str, str], raw: Raw) -> ForEngine:
         """The request, once its media are encoded."""
         found: Outline[Any] = await run_sized(self._pool, Pace.JSON, len(raw), outline, raw, object, LIMITS)
         parts = media_parts(found, path)
         if not parts:
-            return ForEngine([raw])
+            return ForEngine([memoryview(raw)])
         if self.vllm is None:
             items = await run_sized(self._pool, Pace.HASH, len(raw), media_items, parts)
             await concurrently(items, self._encoders.warm)
-            return ForEngine([raw])
+            return ForEngine([memoryview(raw)])
         return await self.vllm.encoded(path, headers, Document(raw, found, self._pool), parts)
 
 

@@ -34,7 +34,7 @@ class PartRequest:
     receive, in requests of their own. `deadline`: of `time.monotonic()`. `accepts`: which registrations count."""
 
     req_id: str
-    body: bytes | bytearray
+    body: bytes | memoryview
     key: bytes
     items: int
     registers: bool

@@ -107,12 +107,12 @@ class SGLangFace:
                     await held.enter_async_context(room)
             except TimeoutError:
                 raise DeadlineExceeded(f"no room for the request's body within {self._timeout_s:g} s") from None
-            raw = await read_all(request, self._max_body_bytes, self._least_rate)
+            raw = (await read_all(request, self._max_body_bytes, self._least_rate, pool=self._pool)).whole()
             found = await run_sized(self._pool, Pace.JSON, len(raw), outline, raw, PartBody, LIMITS)
             body = found.body
             part = PartRequest(
                 req_id=body.req_id,
-                body=raw,
+                body=memoryview(raw),
                 key=part_key(body.mm_items, found.written),
                 items=len(body.mm_items),
                 registers=body.embedding_port is None,

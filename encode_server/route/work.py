@@ -13,6 +13,7 @@ import msgspec
 from encode_server.client import Item, ItemInfo, Modality
 from encode_server.client.media import Piece
 from encode_server.route.chat import LIMITS
+from encode_server.runtime.arriving import Raw
 from encode_server.runtime.outline import Outline
 from encode_server.runtime.pools import Pace, run_sized
 
@@ -21,7 +22,7 @@ from encode_server.runtime.pools import Pace, run_sized
 class Document:
     """A request's body that may be changed before it is sent on. `raw`: as it came."""
 
-    raw: bytearray
+    raw: Raw
     found: Outline[Any]
     pool: Executor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,10 +13,12 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from encode_server.errors import BadRequest, TooLarge, TooSlow
+from encode_server.runtime.arriving import BODY_BYTES, Arriving, Raw
 from encode_server.runtime.caller import CallerGone
 from encode_server.runtime.charge import Charge, free
 
 SMALL = 64 << 10  # of requests that hold no media
+LARGE = 1 << 20  # memory that is given back in a thread
 
 GRACE_S = 5.0  # a client may send or take nothing for so long before its rate counts
 
@@ -87,15 +90,25 @@ async def chunks(
         yield chunk
 
 
-async def read_all(request: Request, max_bytes: int, least_rate: int = 0, charge: Charge = free) -> bytearray:
-    """The whole body. Raises as `chunks` does."""
-    raw = bytearray()
-    async for chunk in chunks(request, max_bytes, least_rate, charge):
-        raw += chunk
-    return raw
+async def read_all(
+    request: Request, max_bytes: int, least_rate: int = 0, charge: Charge = free, pool: Executor | None = None
+) -> Arriving:
+    """The whole body. `pool`: gives the memory back of a large one that does not come to its end. Raises as `chunks`
+    does."""
+    body = Arriving(BODY_BYTES)
+    try:
+        async for chunk in chunks(request, max_bytes, least_rate, charge):
+            body.append(chunk)
+    except BaseException:
+        if pool is not None and len(body) > LARGE:
+            pool.submit(body.close)
+        else:
+            body.close()
+        raise
+    return body
 
 
-def from_json(raw: bytes | bytearray, kind: type[T]) -> T:
+def from_json(raw: Raw, kind: type[T]) -> T:
     """The JSON in `raw` as `kind`. Raises BadRequest."""
     try:
         return msgspec.json.decode(raw, type=kind)
@@ -107,4 +120,4 @@ def from_json(raw: bytes | bytearray, kind: type[T]) -> T:
 
 async def read_small(request: Request, kind: type[T]) -> T:
     """A body without media as `kind`; an empty one counts as `{}`. Raises BadRequest, TooLarge, CallerGone."""
-    return from_json((await read_all(request, SMALL, SMALL)).strip() or b"{}", kind)
+    return from_json((await read_all(request, SMALL, SMALL)).take().strip() or b"{}", kind)

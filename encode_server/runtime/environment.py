@@ -13,10 +13,11 @@ def forkserver_environment() -> dict[str, str]:
     """
     return {
         # Threads that spin long at OpenMP's barriers take the cores from the front, and from each other's forwards:
-        # beside other load a forward then costs ten times its processor time. Spinning for some 0.1 ms spares a forward
-        # that runs alone most of its sleeps, which cost a quarter of its time.
+        # beside other load a forward then costs ten times its processor time. Spinning for some 10 µs spares a forward
+        # that runs alone most of its sleeps. Ten times as long saves such a forward another tenth at best, makes it
+        # half as fast beside a busy front, and a forward of 15 ms five times slower even alone.
         "OMP_WAIT_POLICY": "passive",
-        "GOMP_SPINCOUNT": "10000",
+        "GOMP_SPINCOUNT": "1000",
         # oneDNN keeps half a megabyte of code for each number of rows it ever multiplied, 1024 of them by default,
         # and torch's wrapper of it as many again.
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",

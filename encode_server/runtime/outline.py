@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from encode_server.errors import BadRequest
+from encode_server.runtime.arriving import Raw
 from encode_server.runtime.bodies import from_json
 
 LONG = 1 << 10  # bytes: longer strings are cut out
@@ -41,7 +42,7 @@ class Outline(Generic[T]):
     as that is refused by its own limit."""
 
     body: T
-    _raw: bytes | bytearray = b""
+    _raw: Raw = b""
     _cut: dict[str, slice] = field(default_factory=dict)  # between the quotes
     _mark: bytes = b""  # what every stand-in begins with
 
@@ -69,7 +70,7 @@ class Outline(Generic[T]):
         return [*pieces, document[done:]]
 
 
-def outline(raw: bytes | bytearray, kind: type[T], limits: OutlineLimits) -> Outline[T]:
+def outline(raw: Raw, kind: type[T], limits: OutlineLimits) -> Outline[T]:
     """The JSON in `raw` as `kind`. It must stay as it is as long as the outline is used. Raises BadRequest."""
     if len(raw) <= limits.max_bytes:
         return Outline(from_json(raw, kind))
@@ -78,7 +79,7 @@ def outline(raw: bytes | bytearray, kind: type[T], limits: OutlineLimits) -> Out
     return Outline(from_json(rest, kind), raw, cut, mark.encode())
 
 
-def _cut_out(raw: bytes | bytearray, mark: str, limits: OutlineLimits) -> tuple[bytearray, dict[str, slice]]:
+def _cut_out(raw: Raw, mark: str, limits: OutlineLimits) -> tuple[bytearray, dict[str, slice]]:
     kept = bytearray()
     cut: dict[str, slice] = {}
     strings = at = done = 0
@@ -100,7 +101,7 @@ def _cut_out(raw: bytes | bytearray, mark: str, limits: OutlineLimits) -> tuple[
     return kept + raw[done:], cut
 
 
-def _end_of_string(raw: bytes | bytearray, start: int, most: int) -> tuple[int, int]:
+def _end_of_string(raw: Raw, start: int, most: int) -> tuple[int, int]:
     """Where the quote is that ends a string, and how many quotes before it are escaped."""
     at = start
     for escaped in range(max(0, most)):
@@ -118,7 +119,7 @@ def _end_of_string(raw: bytes | bytearray, start: int, most: int) -> tuple[int, 
     raise BadRequest("the body holds too many strings")
 
 
-def _pieces(raw: bytes | bytearray, cut: slice) -> Iterator[bytes | bytearray]:
+def _pieces(raw: Raw, cut: slice) -> Iterator[bytes | bytearray]:
     """A string without its quotes, no escape torn apart. Raises BadRequest for escaped backslashes, which neither
     base64 nor a URL has: beside them, one cannot see where an escape begins."""
     at = cut.start
@@ -135,7 +136,7 @@ def _pieces(raw: bytes | bytearray, cut: slice) -> Iterator[bytes | bytearray]:
         at = end
 
 
-def _between_characters(raw: bytes | bytearray, end: int) -> int:
+def _between_characters(raw: Raw, end: int) -> int:
     """`end`, or up to three bytes before it, where a character of UTF-8 begins."""
     for back in range(4):
         if raw[end - back] & 0xC0 != 0x80:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 
 REST = 2.0  # seconds of rest for each second of work: so much of a core stays with ranks and preparers
 LEAST_REST_S = 0.002  # shorter ones add up until they are worth a timer
@@ -22,6 +23,11 @@ class Turns:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._began: float | None = None  # when the last turn was given, while others wait
         self._due_s = 0.0  # rest that has not been taken
+
+    @property
+    def idle(self) -> bool:
+        """Nobody waits."""
+        return not self._waiting
 
     async def wait(self) -> None:
         """Return when it is the caller's turn, first come, first served."""
@@ -53,3 +59,24 @@ class Turns:
         if self._waiting:
             self._began = now
             loop.call_soon(self._next)
+
+
+class ClientTurns:
+    """Turns of each client's own, while other clients have requests in progress, too. Whoever has little to do finds
+    the loop free; several clients with much to do still use all of it."""
+
+    def __init__(self, clients: Callable[[], int]) -> None:
+        """`clients`: how many have requests in progress."""
+        self._clients = clients
+        self._turns: dict[str, Turns] = {}
+
+    async def wait(self, client: str) -> None:
+        """Return when it is the turn of this task of the client's."""
+        if self._clients() < 2:
+            return
+        turns = self._turns.setdefault(client, Turns())
+        try:
+            await turns.wait()
+        finally:
+            if turns.idle:
+                self._turns.pop(client, None)

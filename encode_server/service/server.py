@@ -9,6 +9,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 
+from anyio.lowlevel import checkpoint
+
 from encode_server import __version__
 from encode_server.delivery.active import ActiveParts
 from encode_server.delivery.destinations import DestinationPolicy
@@ -33,6 +35,7 @@ from encode_server.runtime.forkserver import Forkserver, Launched
 from encode_server.runtime.notify import notify
 from encode_server.runtime.pools import Pools, run
 from encode_server.runtime.rundir import sweep_stale
+from encode_server.runtime.turns import ClientTurns
 from encode_server.service.destinations import Destinations
 from encode_server.service.encoding import Encoding, build, inspect_checkpoint, take_fingerprint
 from encode_server.service.gauges import show_gauges
@@ -80,6 +83,7 @@ class Server:
         self.history = History()
         self.started_at = time.time()
         self.port = settings.port  # whoever binds the socket corrects it
+        self.body_turns = ClientTurns(lambda: self.admission.clients)
         self.patient = settings.protocol == "sglang"
         self.admission = Admission(admission_limits(settings))
         self.active = ActiveParts()
@@ -131,6 +135,7 @@ class Server:
                 stack.push_async_callback(asyncio.to_thread, self.tracing.close)
             self.arena = Arena(settings.arena_mb << 20, PROBE_BYTES * settings.dp)
             stack.callback(self.arena.close)
+            await checkpoint()  # or the first download would import what this imports: 50 ms of the loop
             source = MediaSource(settings.media_allow, settings.media_roots, media_limits(settings), pools.work)
             stack.push_async_callback(source.aclose)
             pusher = Pusher(settings.send_timeout_s)

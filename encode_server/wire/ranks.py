@@ -23,10 +23,12 @@ class TensorRef(msgspec.Struct, frozen=True):
 
 
 class ItemRef(msgspec.Struct, frozen=True):
-    """One media item of a batch: its preprocessed tensors, and where its embedding goes ([tokens, dim])."""
+    """One media item of a batch: its preprocessed tensors, and where its embedding goes ([tokens, dim]). `cost`: its
+    patches or mel frames."""
 
     inputs: tuple[TensorRef, ...]
     output: TensorRef
+    cost: int
 
 
 class EncoderInfo(msgspec.Struct, frozen=True):

@@ -75,7 +75,7 @@ class Ward:
             inputs = tuple(self._input(name, tensor) for name, tensor in item.items())
             shape = (rows, self.worker.info.dims[modality])
             offset = self._take(rows * shape[1] * DTYPES[self._dtype].itemsize)
-            refs.append(m.ItemRef(inputs, m.TensorRef("embedding", self._dtype, shape, offset)))
+            refs.append(m.ItemRef(inputs, m.TensorRef("embedding", self._dtype, shape, offset), shape[0]))
         return m.Forward(seq, modality, tuple(refs))
 
     def embeddings(self, command: m.Forward) -> list[torch.Tensor]:

@@ -36,6 +36,13 @@ def test_a_job_alone_has_all_cores_and_two_share_them(two):
     assert min(cores.get(timeout=10), cores.get(timeout=10)) == 1
 
 
+def test_a_small_job_has_the_cores_that_it_is_worth(two):
+    cores = SimpleQueue()
+    for most in (1, 5, 0):
+        two.submit(lambda: cores.put(torch.get_num_threads()), most)
+        assert cores.get(timeout=10) == min(2, max(1, most))
+
+
 def test_jobs_start_in_order_and_no_more_than_there_are_cores(two):
     started, gate = SimpleQueue(), threading.Event()
 

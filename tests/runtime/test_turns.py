@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from encode_server.runtime.turns import Turns
+from encode_server.runtime.turns import ClientTurns, Turns
 
 
 def test_others_run_between_two_turns_and_cancelled_ones_take_none():
@@ -50,5 +50,27 @@ def test_turns_leave_two_thirds_of_the_time_to_others():
         began = time.perf_counter()
         await asyncio.gather(*(stranger() for _ in range(4)))
         assert time.perf_counter() - began > 2.5 * worked
+
+    asyncio.run(check())
+
+
+def test_a_client_alone_waits_for_nothing_and_of_two_each_has_turns_of_its_own():
+    async def check():
+        clients, done = 1, {"a": 0, "b": 0}
+        turns = ClientTurns(lambda: clients)
+
+        async def piece(client: str):
+            await turns.wait(client)
+            done[client] += 1
+
+        await asyncio.gather(*(piece("a") for _ in range(5)))
+        assert done["a"] == 5
+        clients = 2
+        pieces = [asyncio.create_task(piece("a")) for _ in range(50)]
+        pieces.append(asyncio.create_task(piece("b")))
+        for _ in range(4):
+            await asyncio.sleep(0)
+        assert done["b"] == 1 and done["a"] < 10, "b does not wait for all of a"
+        await asyncio.gather(*pieces)
 
     asyncio.run(check())

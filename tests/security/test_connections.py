@@ -10,7 +10,7 @@ import pytest
 
 from encode_server.runtime.connections import ConnectionLimits
 from tests.live import eventually
-from tests.security.listener import listening
+from tests.security.listener import app, listening
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
@@ -101,6 +101,27 @@ def test_pipelined_requests_without_end_are_not_kept(listener):
         sent, _ = pour(connection, b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n", GET * 1000, 64 << 20)
     assert sent < 16 << 20
     assert eventually(lambda: listener.open == 0, 10)
+
+
+def test_a_request_whose_client_left_ends_also_with_another_behind_it(caplog):
+    """An answer written to its closed connection would be a fault of ours in the log."""
+    ended = []
+
+    async def answers_who_left(scope, receive, send):
+        if scope["type"] == "http":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"too late"})
+            ended.append(scope["path"])
+        else:
+            await app(scope, receive, send)
+
+    with listening(application=answers_who_left) as listener:
+        with listener.connect() as connection:
+            connection.sendall(GET * 2)
+        assert eventually(lambda: ended and not listener.open, 10)
+    assert not [record.exc_text for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET / HT", HEAD + b"X: y\r\n"], ids=["nothing", "a line", "headers"])

@@ -128,6 +128,7 @@ def test_honest_clients_beside_strangers(checkpoint, tmp_path):
             time.sleep(2)
             elsewhere, _ = honest(server, min(20, seconds / 4), 2000)
         with attacked(port, media_port, only):
+            time.sleep(2)  # until they have been started: what that costs is not the server's
             beside, lost = honest(server, seconds, 3000)
         used = (group / "memory.max_usage_in_bytes") if group is not None else None
         most = f"{int(used.read_text()) >> 20}" if used is not None and used.exists() else "?"
@@ -140,6 +141,7 @@ def test_honest_clients_beside_strangers(checkpoint, tmp_path):
         )
         assert not lost and not lost_alone, (lost[:3], lost_alone[:3])
         assert server.process.poll() is None
+        assert "Traceback" not in server.log, "a fault of ours"
         assert group is None or not killed(group)
         assert httpx.get(server.base_url + "/livez", timeout=30).status_code == 200
         assert p99(beside) < 2 * max(p99(alone), p99(elsewhere))

@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import uvloop
 
 from encode_server.errors import BadMedia, TooLarge
-from encode_server.media.arriving import FIRST_BYTES, Arriving
 from encode_server.media.limits import MediaLimits
 from encode_server.media.sources import MediaSource
-
-from .web_server import web_server
+from encode_server.runtime.arriving import FIRST_BYTES, Arriving
+from tests.media.web_server import web_server
 
 MIB = 1 << 20
 
@@ -29,6 +28,18 @@ def test_what_arrives_is_kept_in_order() -> None:
         assert len(arriving) == len(sent)
     assert arriving.take() == sent
     assert len(arriving) == 0 and arriving.take() == b""
+
+
+def test_a_large_body_can_be_searched_where_it_lies() -> None:
+    arriving, piece = Arriving(first_bytes=5 * FIRST_BYTES), bytes(FIRST_BYTES - 1) + b"x"
+    for _ in range(200):
+        arriving.append(piece)
+    whole = arriving.whole()
+    assert len(whole) == 200 * FIRST_BYTES and whole[:] == piece * 200
+    assert whole.find(b"x", FIRST_BYTES) == 2 * FIRST_BYTES - 1
+    view = memoryview(whole)
+    arriving.close()
+    assert len(arriving) == 0 and view[FIRST_BYTES - 1] == ord("x"), "who still looks at it may"
 
 
 def test_connections_hold_little_beside_what_is_charged() -> None:
