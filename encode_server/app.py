@@ -25,6 +25,7 @@ from encode_server.api.routes import build_router
 from encode_server.api.shortcut import Shortcut
 from encode_server.errors import EncodeError, NoRoute, StartupError
 from encode_server.runtime.caller import CALLER_GONE, CallerGone
+from encode_server.runtime.ending import Ending
 from encode_server.runtime.forkserver import Launched
 from encode_server.service.server import Server
 from encode_server.settings import Settings, load_settings, unknown_variables
@@ -74,6 +75,7 @@ def create_app(
     app.include_router(build_router(server))
     if tracing is None:  # spans are named by FastAPI's router
         app.add_middleware(Shortcut, method="POST", path="/encode", endpoint=EncodeEndpoint(server))
+    app.add_middleware(Ending)
     app.add_middleware(RequestIds)
 
     @app.exception_handler(EncodeError)

@@ -35,6 +35,7 @@ from encode_server.route.work import Document, concurrently
 from encode_server.runtime.arriving import Raw
 from encode_server.runtime.bodies import declared_length, read_all
 from encode_server.runtime.caller import CALLER_GONE, CallerGone, until_caller_goes
+from encode_server.runtime.ending import Ending
 from encode_server.runtime.outline import Outline, outline
 from encode_server.runtime.pools import Pace, run_sized
 from encode_server.service.keys import ApiKeys
@@ -248,6 +249,7 @@ def create_route_app(options: RouteOptions, tracing: Tracing | None = None) -> F
 
     telemetry: Any = fastapi_telemetry(tracing)
     app = FastAPI(title="encode_server route", version=__version__, lifespan=lifespan, telemetry=telemetry)
+    app.add_middleware(Ending)
     app.add_middleware(PassesOn, tracing=tracing)
     app.add_middleware(RequestIds)
     for path in (CHAT, RESPONSES, MESSAGES) if router.sglang is not None else (CHAT, RESPONSES):
