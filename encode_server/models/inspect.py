@@ -94,6 +94,8 @@ def _notes(facts: Facts, tp: int) -> list[str]:
         notes.append(f"each of the {tp} ranks holds all of {', '.join(facts.whole)}: their parts do not add up")
     if facts.undivided:
         notes.append(f"each of the {tp} ranks holds all of {', '.join(facts.undivided)}: {tp} does not divide them")
+    if facts.left_out:
+        notes.append(f"{', '.join(facts.left_out)}: not loaded, because it encodes nothing")
     for modality, one in facts.modalities.items():
         if one.batching is Batching.ALONE:
             notes.append(f"{modality} is encoded one by one: a batch gives other rows")

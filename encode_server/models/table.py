@@ -28,7 +28,9 @@ of *equal* shapes only, *shifted* (positions among the patches of the whole call
 without padding, attention within each item only); *alone*: one item a call.
 
 Loading reads the encoder's tensors and none of the language model's, its head's or its word table's.
-`tests/models/test_reads.py` checks this for every class below that can be built from its default configuration. Peak
+`tests/models/test_reads.py` checks this for every class below that can be built from its default configuration. Ranks
+also leave out parts that encode nothing (Janus's generator of images): children of the model whose tensors
+no probe of any modality reads. Peak
 memory of loading, beyond what the imports take, for checkpoints in bfloat16: {memory}.
 
 | model type | class | encodes | batch | checked |

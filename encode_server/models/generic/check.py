@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +28,8 @@ from encode_server.wire.modality import Modality
 
 _IMAGES = ((90, 150), (230, 120), (64, 64), (300, 800))
 """Height and width. The last is large enough for families that cut only large images into tiles."""
-_CLIPS = ((8, 60, 90), (4, 120, 70), (8, 60, 60))
+_CLIPS = ((8, 60, 90), (4, 120, 70), (8, 60, 60), (4, 300, 800))
+"""Frames, height and width; the last for families that cut frames into tiles."""
 _SECONDS = (1.93, 0.6, 5.27)
 
 
@@ -81,7 +83,8 @@ def _received(model: Any, features: Features, items: Sequence[Processed]) -> tup
     except Refused:
         raise
     except Exception as error:
-        return None, f"{type(model).__name__}: {first_line(error)}"
+        reason = f"{type(model).__name__} of transformers {transformers.__version__} fails on what its own processor"
+        return None, f"{reason} makes: {first_line(error)}"
 
 
 class _NothingLeftOver(TorchDispatchMode):  # type: ignore[no-untyped-call]

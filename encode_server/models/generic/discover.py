@@ -12,6 +12,7 @@ from encode_server.errors import StartupError
 from encode_server.models.generic.check import Checked, Refused, check
 from encode_server.models.generic.compare import equal
 from encode_server.models.generic.features import Features
+from encode_server.models.generic.reached import leave_out_unreached
 from encode_server.models.generic.shards import Encode, whole_kinds
 from encode_server.models.speedups import Speedup, speed_up
 from encode_server.models.structure import find_blocks
@@ -56,12 +57,15 @@ def discover(family: Generic, world: int) -> Facts:
         return rows
 
     want = [row for one in checked.values() for row in one.rows]
+    unprobed = [modality for modality in Modality if family.found.has_own(modality) and modality not in checked]
+    left_out = [] if unprobed else leave_out_unreached(model, encode, want)
     return Facts(
         modalities={modality: one.facts for modality, one in checked.items()},
         refused=refused,
         whole=whole_kinds(model, world, encode, want) if world > 1 else [],
         undivided=sorted({block.kind for block in find_blocks(model) if not block.divides(world)}),
         speedups=_harmless(model, encode, want),
+        left_out=left_out,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,8 +67,15 @@ class NoLanguageModel(nn.Module):
         raise Received(embeddings, list(levels) if levels is not None else [])
 
 
-def stripped(found: ModelClass) -> Any:
-    """A subclass of `found.cls` that builds no language model and no head.
+class LeftOut(nn.Module):
+    """Stands where a part stood that encodes nothing, and fails if that was a mistake."""
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("a part of the model was left out that this item needs")
+
+
+def stripped(found: ModelClass, left_out: Sequence[str] = ()) -> Any:
+    """A subclass of `found.cls` that builds no language model, no head, and none of the modules called `left_out`.
 
     transformers looks classes up by name and module, so the subclass keeps both.
     """
@@ -80,6 +87,9 @@ def stripped(found: ModelClass) -> Any:
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             _strip(self)
+            for name in left_out:
+                self.set_submodule(name, LeftOut())
+            _untie(self)
             self._has_no_head = True
 
         def get_output_embeddings(self) -> Any:
@@ -116,10 +126,13 @@ def _strip(model: Any) -> None:
             model.set_submodule(name, NoLanguageModel(part.config, width))
     if head is not None and id(head) in names and not any(names[id(head)].startswith(f"{name}.") for name in parts):
         model.set_submodule(names[id(head)], nn.Identity())
+
+
+def _untie(model: Any) -> None:
+    """Forget ties between tensors of which one is gone."""
     left = {name for name, _ in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
-    model.all_tied_weights_keys = {
-        target: source for target, source in model.all_tied_weights_keys.items() if {target, source} <= left
-    }
+    ties = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {target: source for target, source in ties.items() if {target, source} <= left}
 
 
 def _language_parts(model: Any, decoder: Any, names: Mapping[int, str]) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def tokenizer(**named: str) -> Any:
     made = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = Whitespace()
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    made.add_tokens([AddedToken("\n" * count, normalized=False) for count in range(1, 5)])
     return PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token="<pad>",

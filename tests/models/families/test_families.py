@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from encode_server.errors import StartupError
 from encode_server.media.limits import MediaLimits
 from encode_server.models.encoder import load_encoder
 from encode_server.models.inspect import inspect
@@ -37,6 +38,9 @@ IMAGE, VIDEO, AUDIO = Modality.IMAGE, Modality.VIDEO, Modality.AUDIO
 
 EXPECTED: Mapping[str, Mapping[Modality, Batching]] = {**TESTED, "llava_pixtral": TESTED["llava"]}
 """How the items of each builder's checkpoint share a call."""
+
+LEFT_OUT = {"janus": ["generation_aligner", "generation_embeddings", "generation_head", "vqmodel"]}
+"""Parts that encode nothing, which ranks don't load."""
 
 OWN = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_5_omni_thinker"}
 LONG = {
@@ -74,22 +78,26 @@ def _received(whole: Whole, modality: Modality) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_those_that_the_language_model_receives(written: Path, family: str) -> None:
     path = write(family, written / family)
-    found = inspect((str(path), None, 2))
+    newest = f"transformers {transformers.__version__};" in PAGE.read_text()
+    try:
+        found = inspect((str(path), None, 2))
+    except StartupError as error:
+        assert not newest and f"transformers {transformers.__version__} fails" in str(error), error
+        pytest.skip(str(error))
     encoder = load_encoder(str(path), device="cpu", dtype="float32", facts=found.facts)
     preprocessor = Preprocessor(resolve(str(path)), MediaLimits())
     whole = Whole(family, path)
     if family in EXPECTED:
         assert found.facts is not None
         batching = {name: facts.batching for name, facts in found.facts.modalities.items()}
-        if f"transformers {transformers.__version__};" in PAGE.read_text():
+        if newest:
             assert batching == EXPECTED[family]
         # Older releases of transformers can do less of some families, which is then not offered.
         assert batching.keys() <= EXPECTED[family].keys()
         assert {facts.proof for facts in found.facts.modalities.values()} == {Proof.RECEIVED}
         assert not found.facts.whole, "shards that do not add up"
+        assert found.facts.left_out == LEFT_OUT.get(family, [])
     for modality in found.modalities:
-        if (family, modality, transformers.__version__[:5]) == ("minicpmv4_6", VIDEO, "5.17."):
-            continue  # transformers' own model then fails on frames that are cut into slices of different sizes
         items = [preprocessor.prepare(modality, data) for data in _media(modality)]
         alone = [encoder.forward(modality, [item.tensors])[0] for item in items]
         batch = encoder.forward(modality, [item.tensors for item in items])
