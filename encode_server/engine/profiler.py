@@ -47,7 +47,8 @@ class Profiler:
 
         if self._profile is not None:
             raise ValueError("a profile is already running")
-        if self._writer is not None and self._writer.is_alive():
+        # By the file, as whoever waits for the trace does: the thread itself ends a moment later.
+        if self._writer is not None and self._writer.is_alive() and Path(f"{self._path}{PART}").exists():
             raise ValueError("the trace of the last profile is still being written")
         part = Path(path + PART)
         part.touch()

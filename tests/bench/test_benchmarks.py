@@ -67,11 +67,13 @@ def test_serving_measures_everything_for_one_size(towers, tmp_path, capsys, monk
     assert "floor: transformers" in printed and "our floor" in printed and "ours" in printed
 
 
+@pytest.mark.slow
 def test_what_the_engine_adds_to_a_forward(towers, capsys):
     assert overhead.main([f"--model={towers['Qwen2.5-VL, tiny']}", "--batches=5"]) == 0
     assert "over 5 batches" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_through_on_a_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "Load", counted)
     # In this process: another one would import torch again.

@@ -14,6 +14,7 @@ def slot(what: str, concurrency: int, loop_ms: float, threads_ms: float, prepare
     return {"media": what, "concurrency": concurrency, "cpu_s_per_item": cpu}
 
 
+@pytest.mark.slow
 def test_every_medium_goes_through_a_server_without_an_encoder(tmp_path, capsys):
     found = tmp_path / "found.json"
     options = ["--media=56,video,audio", "--processes=1", "--concurrency=1,4", "--seconds=0.4", "--width=512"]

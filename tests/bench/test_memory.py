@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import memory, procfs
 from tests.live import eventually
 
 
+@pytest.mark.slow
 def test_every_process_of_a_server_is_found(tmp_path, capsys):
     found = tmp_path / "found.json"
     assert memory.main(["--rounds=1", f"--json={found}"]) == 0

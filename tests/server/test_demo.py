@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import httpx
+import pytest
 
 from tests.live import TORCH, LiveServer
 
@@ -40,6 +41,7 @@ def test_it_serves_until_ctrl_c(tmp_path):
         assert demo.leftovers() == []
 
 
+@pytest.mark.slow
 def test_the_demo_checkpoint_can_be_written_elsewhere(tmp_path):
     command = [sys.executable, "-m", "encode_server.cli", "demo-model"]
     written = subprocess.run([*command, str(tmp_path / "m")], capture_output=True, text=True, timeout=120)

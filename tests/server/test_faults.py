@@ -164,9 +164,10 @@ def test_a_client_that_goes_away_frees_what_it_held(checkpoint, tmp_path, pictur
         assert not forwarded or float(forwarded[0].split()[-1]) < 80  # most were dropped before their forward
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_that_follow_each_other_lose_nothing(checkpoint, tmp_path, reference, picture, kills):
+@pytest.mark.slow
+def test_kills_that_follow_each_other_lose_nothing(checkpoint, tmp_path, reference, picture):
     """A second after each recovery: ranks that had got work done are started again immediately."""
+    kills = 20
     media = [picture(140, 140, seed) for seed in range(8)]
     with start(checkpoint, tmp_path / "s", faults=False) as server:
         server.healthy()
