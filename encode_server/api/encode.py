@@ -28,7 +28,6 @@ from encode_server.wire.load import COST_HEADER, load_headers
 
 log = logging.getLogger(__name__)
 
-FREE_BYTES = 1 << 20  # of a body; what is larger takes turns with the client's other large ones
 TIMING_HEADER = "Server-Timing"
 
 
@@ -78,16 +77,7 @@ class HttpCaller:
         """See `Caller`."""
         settings = self._server.settings
         limits = BodyLimits(settings.max_body_mb << 20, settings.max_items, settings.least_rate_kb << 10)
-        read = 0
-
-        async def charged(nbytes: int) -> None:
-            nonlocal read
-            await charge(nbytes)
-            read += nbytes
-            if read > FREE_BYTES:
-                await self._server.body_turns.wait(self.client)
-
-        return await read_encode(self._request, self._server.pools.work, limits, charged)
+        return await read_encode(self._request, self._server.pools.work, limits, charge)
 
     def until_gone(self) -> AbstractAsyncContextManager[None]:
         """See `Caller`."""

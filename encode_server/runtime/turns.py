@@ -7,7 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from encode_server.runtime.charge import Charge
+
 REST = 2.0  # seconds of rest for each second of work: so much of a core stays with ranks and preparers
+FREE_BYTES = 1 << 20  # of a body, that arrive without waiting for a turn
 LEAST_REST_S = 0.002  # shorter ones add up until they are worth a timer
 
 
@@ -27,7 +30,7 @@ class Turns:
     @property
     def idle(self) -> bool:
         """Nobody waits."""
-        return not self._waiting
+        return all(turn.done() for turn in self._waiting)  # those that are done were cancelled
 
     async def wait(self) -> None:
         """Return when it is the caller's turn, first come, first served."""
@@ -62,8 +65,8 @@ class Turns:
 
 
 class ClientTurns:
-    """Turns of each client's own, while other clients have requests in progress, too. Whoever has little to do finds
-    the loop free; several clients with much to do still use all of it."""
+    """Turns for the bodies of requests, each client's own, while other clients have requests in progress, too. Whoever
+    has little to do finds the loop free; several clients with much to do still use all of it."""
 
     def __init__(self, clients: Callable[[], int]) -> None:
         """`clients`: how many have requests in progress."""
@@ -78,5 +81,18 @@ class ClientTurns:
         try:
             await turns.wait()
         finally:
-            if turns.idle:
-                self._turns.pop(client, None)
+            if turns.idle and self._turns.get(client) is turns:
+                del self._turns[client]
+
+    def charging(self, client: str, charge: Charge) -> Charge:
+        """`charge` for one body of the client's, whose pieces wait for their turns beyond `FREE_BYTES`."""
+        arrived = 0
+
+        async def charged(nbytes: int) -> None:
+            nonlocal arrived
+            await charge(nbytes)
+            arrived += nbytes
+            if arrived > FREE_BYTES:
+                await self.wait(client)
+
+        return charged

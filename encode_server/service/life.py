@@ -91,7 +91,7 @@ async def _read(server: Server, caller: Caller, ticket: Ticket, arrived: float) 
     asked = caller.asked_timeout_s
     try:
         async with asyncio.timeout(max(0.0, arrived + min(asked or limit_s, limit_s) - time.monotonic())):
-            ask = await caller.read(ticket.grow)
+            ask = await caller.read(server.body_turns.charging(caller.client, ticket.grow))
     except TimeoutError:
         raise DeadlineExceeded("the request's time was up before its body had arrived") from None
     if ask.part_idx >= ask.num_parts:

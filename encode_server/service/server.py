@@ -83,9 +83,9 @@ class Server:
         self.history = History()
         self.started_at = time.time()
         self.port = settings.port  # whoever binds the socket corrects it
-        self.body_turns = ClientTurns(lambda: self.admission.clients)
         self.patient = settings.protocol == "sglang"
         self.admission = Admission(admission_limits(settings))
+        self.body_turns = ClientTurns(lambda: self.admission.clients)
         self.active = ActiveParts()
         self.undelivered = Undelivered(settings.undelivered_mb << 20, settings.client_share)
         self.keys = ApiKeys(settings.api_keys)

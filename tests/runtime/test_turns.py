@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from encode_server.runtime.turns import ClientTurns, Turns
+from encode_server.runtime.turns import FREE_BYTES, ClientTurns, Turns
 
 
 def test_others_run_between_two_turns_and_cancelled_ones_take_none():
@@ -72,5 +72,25 @@ def test_a_client_alone_waits_for_nothing_and_of_two_each_has_turns_of_its_own()
             await asyncio.sleep(0)
         assert done["b"] == 1 and done["a"] < 10, "b does not wait for all of a"
         await asyncio.gather(*pieces)
+
+    asyncio.run(check())
+
+
+def test_only_what_is_large_of_a_body_takes_turns_and_nothing_is_left_of_who_gave_up():
+    async def check():
+        charged, turns = [], ClientTurns(lambda: 2)
+
+        async def charge(nbytes: int):
+            charged.append(nbytes)
+
+        take = turns.charging("a", charge)
+        await take(FREE_BYTES)
+        waiting = [asyncio.create_task(take(1)) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert charged == [FREE_BYTES, 1, 1, 1] and not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert not turns._turns, "or each client that ever left would be remembered"
 
     asyncio.run(check())
