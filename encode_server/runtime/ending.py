@@ -31,7 +31,10 @@ class Ending:
 
         try:
             await self._app(scope, receive, send_noted)
-        except asyncio.CancelledError:  # nobody else cancels the task of a request
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                raise  # the application's own: nobody but uvicorn cancels the task of a request
             if begun:
                 return  # uvicorn closes the connection of an answer that has no end
             answer = ErrorAnswer(code="not_ready", message="the server is stopping, and the request took too long")
