@@ -37,9 +37,8 @@ from encode_server.wire import ranks as m
 
 NICE = 5  # of a rank on a CPU: the front runs rarely and briefly on the same cores, but must run immediately
 SMALL_BATCH = 1024  # patches or mel frames, of batches side by side on a CPU: small, so that they end alike
-CORE_FLOPS = (
-    1e9  # a core for each: what is less, a few milliseconds, takes longer in two parts that wait for each other
-)
+# A core for each: less is done in some 15 ms, and takes longer in two parts that wait for each other.
+CORE_FLOPS = 1e9
 ON_A_CPU = 8  # most concurrent batches: beyond that, Python's own part of a forward, one thread at a time, counts
 MEMORY_S = 2.0  # between two answers that say how much of the device's memory is used
 ON_A_GPU = 2  # batches in progress: while one computes, the other is launched, and its embeddings are copied out
@@ -94,8 +93,8 @@ class Worker:
     def most_cores(self, command: m.Forward) -> int:
         """How many cores of a CPU the batch is worth: each weight is used once for each patch or mel frame."""
         info = self._encoder.info
-        weights = float(info.weight_bytes / getattr(torch, info.dtype).itemsize)
-        return math.ceil(2.0 * weights * sum(item.cost for item in command.items) / CORE_FLOPS)
+        weights: float = info.weight_bytes / getattr(torch, info.dtype).itemsize
+        return math.ceil(2 * weights * sum(item.cost for item in command.items) / CORE_FLOPS)
 
     def close(self) -> None:
         """Release the store; no forward may run any more."""

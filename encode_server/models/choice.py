@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from encode_server.errors import first_line
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -24,6 +26,5 @@ def choose(device: torch.device, plain: T, kernel: Callable[[], T], without: str
     try:
         return kernel()
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        log.warning("%s: %s: %s", without, type(error).__name__, reason)
+        log.warning("%s: %s: %s", without, type(error).__name__, first_line(error))
         return plain

@@ -66,16 +66,16 @@ class VLLMFace:
         self, path: str, headers: Mapping[str, str], document: Document, parts: list[MediaPart]
     ) -> ForEngine:
         """The request, once its embeddings are where the engine looks for them."""
-        raw, body = document.raw, document.found.body
+        raw, body = memoryview(document.raw), document.found.body
         if renames(body):
             self._leave(parts, "the request has mm_processor_kwargs or media_io_kwargs")
-            return ForEngine([memoryview(raw)])
+            return ForEngine([raw])
         renamed = self._told | self._known(frozenset(Modality), self._renamed)
         if left := [part for part in parts if part.modality in renamed]:
             self._leave(left, "the engine has media_io_kwargs of its own, and looks for other names")
             parts = [part for part in parts if part.modality not in renamed]
             if not parts:
-                return ForEngine([memoryview(raw)])
+                return ForEngine([raw])
         modalities = {part.modality for part in parts}
         may_place = self._may_place(modalities) if path == CHAT else set()
         prefix = (PLACED_PREFIX if may_place else PUSHED_PREFIX) if self._receives else ""
@@ -89,10 +89,10 @@ class VLLMFace:
         placed = put_metadata(body, parts, metadata) if may_place else frozenset[Modality]()
         if path == CHAT and not await self._finds(modalities, placed, headers, document, set(metadata)):
             self._leave(parts, "the engine does not find embeddings by the names of the proxy, or takes no metadata")
-            return ForEngine([memoryview(raw)])
+            return ForEngine([raw])
         for part in parts:
             self._metrics.media.labels(part.modality, "metadata" if part.modality in placed else "media").inc()
-        return ForEngine(await document.written({}), [memoryview(raw)] if placed else None)
+        return ForEngine(await document.written({}), [raw] if placed else None)
 
     async def forward(self, method: str, target: bytes, headers: Mapping[str, str], request: ForEngine) -> Response:
         """The engine's answer. An engine that fails with metadata is given the media."""

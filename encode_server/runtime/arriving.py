@@ -7,7 +7,7 @@ import mmap
 
 FIRST_BYTES = 64 << 10
 BODY_BYTES = 4 << 20  # of a request's body: the C library has memory for the next one ready, a map is filled anew
-HUGE_BYTES = 8 << 20  # a map of this size has pages of 2 MiB: far fewer to fill
+HUGE_BYTES = 8 << 20  # a map of this size has pages of 2 MiB: far fewer to fill, the last of them in part
 
 Raw = bytes | bytearray | mmap.mmap
 """Bytes that can be searched, sliced and decoded where they lie."""

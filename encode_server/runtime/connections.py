@@ -96,7 +96,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._plain = 0  # bytes received since the last of a body, or since a request began
         self._named = 0  # bytes of the headers that the parser has handed over
         self._refusal: tuple[int, str] | None = None
-        self._answered: RequestResponseCycle | None = None  # with pipelined requests, `cycle` is the newest one's
+        self._running: RequestResponseCycle | None = None  # the request that is being answered; `cycle` is the newest
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
 
@@ -116,10 +116,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """See asyncio."""
         self.idle.discard(self)
         self._cancel_timers()
-        if self._answered is not None and not self._answered.response_complete:
+        if self._running is not None and not self._running.response_complete:
             # uvicorn tells the newest request alone: the answer to this one would be written to a closed transport.
-            self._answered.disconnected = True
-            self._answered.message_event.set()
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def abort(self) -> None:
@@ -188,7 +188,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self.idle.discard(self)
         self._watch_unread(False)
-        self._answered = cycle
+        self._running = cycle
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
