@@ -15,6 +15,7 @@ from encode_server.errors import BadMedia, TooBusy, TooLarge
 from encode_server.pipeline.admission import Admission, AdmissionLimits
 from encode_server.pipeline.request import EncodeRequest, MediaItem
 from encode_server.runtime.tracebacks import let_go
+from encode_server.runtime.turns import ClientTurns
 from encode_server.service.caller import Ask
 from encode_server.service.life import serve_encode
 from encode_server.telemetry.history import History
@@ -152,6 +153,7 @@ def test_a_failed_request_leaves_nothing_for_the_collector(failure):
             metrics=metrics,
             history=History(),
             admission=gate,
+            body_turns=ClientTurns(lambda: gate.clients),
             undelivered=Undelivered(100, 1),
             destinations=SimpleNamespace(resolve=resolve),
             active=None,
